@@ -1,0 +1,1 @@
+"""One module per backend, with the same functions; see ``idap_kernels.dispatch.Backend``."""
