@@ -338,7 +338,10 @@ void end_single(const Slab& slab, double n) {
     close_sample<kAct>(slab, c, slab.load_row(sSampleSum, c), slab.load_row(sSampleAbs, c),
                        slab.load_row(sSampleSq, c), 1.0);
     slab.store_row(sNorm, c, norm);
-    slab.store_row(sAbsMeanSq, c, square);
+    // Infinities met in the sum of squares: sum |y| has what they leave, infinity or NaN.
+    const vi64 clean = (vi64)(square == square);
+    slab.store_row(sAbsMeanSq, c,
+                   (vd)((clean & (vi64)square) | (~clean & (vi64)slab.load_row(sAbs, c))));
   }
 }
 
@@ -448,8 +451,14 @@ void tile(const T* base, int64_t channel_stride, int n, const Slab& slab, int64_
   Acc<A> a;
   a.reset();
   a.reset_range();
-  a.k = finite_or_zero<A>(load_strided(base, channel_stride, lanes));
   V rows[lanes], columns[lanes];
+  if (n < lanes) a.k = finite_or_zero<A>(load_strided(base, channel_stride, lanes));
+  // Four columns of the first fetch, so that an outlier in one of them is diluted.
+  auto shift = [&](auto value) {
+    V sum{};
+    for (int i = 0; i < lanes; i += lanes / 4 > 0 ? lanes / 4 : 1) sum += value(columns[i]);
+    return finite_or_zero<A>(sum * static_cast<A>(lanes < 4 ? 1.0 / lanes : 0.25));
+  };
   const char* next = reinterpret_cast<const char*>(base + lanes * channel_stride);
   auto fetch = [&](int j) {
 #pragma GCC unroll 16
@@ -466,7 +475,6 @@ void tile(const T* base, int64_t channel_stride, int n, const Slab& slab, int64_
     if (n >= 2 * lanes) {
       PairAcc pair;
       pair.reset();
-      pair.k[0] = pair.k[1] = a.k;
       for (; j + 2 * lanes <= n; j += 2 * lanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
@@ -475,6 +483,7 @@ void tile(const T* base, int64_t channel_stride, int n, const Slab& slab, int64_
         }
         next += 2 * lanes * lanes * sizeof(T);
         transpose<A>(rows, columns);
+        if (j == 0) a.k = pair.k[0] = pair.k[1] = shift([](vf v) { return low_half((vu32)v); });
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) step_pair(pair, (vu32)columns[i]);
       }
@@ -483,6 +492,7 @@ void tile(const T* base, int64_t channel_stride, int n, const Slab& slab, int64_
   }
   for (; j + lanes <= n; j += lanes) {
     fetch(j);
+    if (j == 0) a.k = shift([](V v) { return v; });
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) step<A, kAct, false>(a, columns[i]);
   }
@@ -534,7 +544,9 @@ void channels(const T* base, const T* next, const int64_t* offsets, int n, int64
   for (int g = 0; g < kVectors; ++g) {
     a[g].reset();
     a[g].reset_range();
-    a[g].k = finite_or_zero<A>(at(0, g));
+    // Four places, so that an outlier in one of them is diluted.
+    a[g].k = finite_or_zero<A>(((at(0, g) + at(n / 4, g)) + (at(n / 2, g) + at(3 * n / 4, g))) *
+                               static_cast<A>(0.25));
   }
   for (int i = 0; i < n; ++i) {
     if constexpr (kContiguous && kWhole) {
@@ -556,9 +568,14 @@ void channels_paired(const bf16* base, const bf16* next, const int64_t* offsets,
                      const Slab& slab, int64_t c) {
   PairAcc pair;
   pair.reset();
-  const vu32 first = load_bits(base + offsets[0]);
-  pair.k[0] = finite_or_zero<float>(low_half(first));
-  pair.k[1] = finite_or_zero<float>(high_half(first));
+  vf low{}, high{};
+  for (int i = 0; i < 4; ++i) {  // four places, so that an outlier in one of them is diluted
+    const vu32 w = load_bits(base + offsets[i * n / 4]);
+    low += low_half(w);
+    high += high_half(w);
+  }
+  pair.k[0] = finite_or_zero<float>(low * 0.25f);
+  pair.k[1] = finite_or_zero<float>(high * 0.25f);
   for (int i = 0; i < n; ++i) {
     prefetch(next + offsets[i]);
     step_pair(pair, load_bits(base + offsets[i]));

@@ -24,7 +24,7 @@ def channel_stats(
 ) -> None:
     y = x.detach().to(torch.float64).movedim((sample_dim, channel_dim), (0, 1))
     y = y.reshape(*y.shape[:2], -1)  # (B, C, S)
-    samples, channels, positions = y.shape
+    samples, positions = y.shape[0], y.shape[2]
     act = _ACTIVATIONS[activation](y)
     mean = y.mean(dim=(0, 2))
     new = torch.stack(

@@ -1,0 +1,43 @@
+"""IDAP: smaller neural networks by activation flow divergence.
+
+``profile`` reads a model's activations once; ``flow_divergence`` and ``layer_divergence`` score its filters
+and blocks; ``prune_filters`` and ``truncate_layers`` turn scores into plans; ``compress`` does all of it
+under one budget; ``save`` and ``load`` keep the result.
+"""
+
+from idap_kernels.version import __version__
+
+from .artifact import load, save
+from .complexity import count_macs, count_params
+from .compress import CompressionResult, compress, drift
+from .criteria import flow_divergence, layer_divergence
+from .errors import IdapError
+from .filters import prune_filters
+from .latency import compare_latency, measure_latency
+from .layers import find_blocks, truncate_layers
+from .plan import PruningPlan
+from .profile import ActivationProfile, profile
+from .training import finetune
+
+__all__ = [
+    "ActivationProfile",
+    "CompressionResult",
+    "IdapError",
+    "PruningPlan",
+    "__version__",
+    "compare_latency",
+    "compress",
+    "count_macs",
+    "count_params",
+    "drift",
+    "find_blocks",
+    "finetune",
+    "flow_divergence",
+    "layer_divergence",
+    "load",
+    "measure_latency",
+    "profile",
+    "prune_filters",
+    "save",
+    "truncate_layers",
+]

@@ -1,0 +1,102 @@
+"""The command line: ``idap quickstart``, ``idap doctor``, ``idap --version``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import IdapError
+from .quickstart.settings import Settings
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for an error of ours or wrong usage, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except IdapError as error:
+        print(f"idap: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="idap", description="Prune PyTorch models by flow divergence (IDAP++)."
+    )
+    parser.add_argument("--version", action="version", version=f"idap {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="compress an embedded network on embedded data, in about a minute",
+        description="Both stages of IDAP++ (filters, then layers) on a small residual network and the UCI "
+        "digits, with fine-tuning after every step. Prints a table, and writes the pruned model, its figures "
+        "and pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    defaults = Settings()
+
+    def option(name: str, kind: type, metavar: str, text: str) -> None:
+        default = getattr(defaults, name.replace("-", "_"))
+        quickstart.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+
+    option("output", Path, "DIR", "where model, results and pictures go")
+    option("target-macs", float, "X", "stop at this fraction of the original MACs")
+    option("budget", float, "X", "validation accuracy that may be lost (0.02: 2 points)")
+    option("steps", int, "N", "most steps of the filter stage")
+    option(
+        "initial-ratio",
+        float,
+        "X",
+        "share of the filters that the first step removes; it grows from step to step",
+    )
+    option("epochs", int, "N", "epochs of fine-tuning after every step, 0 for none")
+    option("final-epochs", int, "N", "epochs of the final fine-tuning, 0 for none")
+    option("lr", float, "X", "learning rate of the fine-tuning")
+    option("seed", int, "N", "seed of the fine-tuning")
+    option("latency-runs", int, "N", "rounds of the latency measurement")
+    option("backend", str, "NAME", "kernels of the profile; see idap doctor")
+    unset = argparse.SUPPRESS  # the default is that of Settings, and not worth printing
+    flag = quickstart.add_argument
+    flag("--threads", type=int, metavar="N", default=unset, help="CPU threads (default: as torch chooses)")
+    flag("--no-plots", dest="plots", action="store_false", default=unset, help="draw no pictures")
+    flag("--quiet", action="store_true", default=unset, help="no progress, only the table and what follows")
+    quickstart.set_defaults(run=_quickstart)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what works, and why something does not")
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from .quickstart.run import run
+
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    run(Settings(**settings))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from idap_kernels import doctor
+
+    report = doctor.report()
+    print(json.dumps(report, indent=1, default=str) if args.json else doctor.format_report(report))
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("idap")
+    except PackageNotFoundError:
+        return "(not installed)"

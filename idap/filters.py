@@ -1,0 +1,572 @@
+"""Stage 1: which channels to remove, decided on scores alone; the model is only read."""
+
+from __future__ import annotations
+
+import copy
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from . import complexity
+from . import inputs as _inputs
+from . import plan as _plan
+from .errors import IdapError, InvalidInputError, NonFiniteError, SurgeryError, TargetUnreachableError
+from .groups import Group, Ignore, Member, Skipped, find_groups
+from .inputs import Inputs
+from .plan import Cost, PruningPlan
+
+Floats = NDArray[np.float64]
+_SCORED = ("conv_out", "depthwise", "linear_out", "embedding")
+_REDUCTIONS: dict[str, Callable[[Floats], Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores
+# ------------------------------------------------------------------------------------------------
+
+
+def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, Floats]:
+    """Scores as float64 arrays, one number an output channel of each layer.
+
+    Raises:
+        InvalidInputError: if a name is no layer of the model, or a score has the wrong length.
+        NonFiniteError: if a score is NaN or infinite; names the layer and the channel.
+    """
+    checked: dict[str, Floats] = {}
+    modules = dict(model.named_modules())
+    for name, score in scores.items():
+        module = modules.get(name)
+        if module is None:
+            raise InvalidInputError(f"scores: {name!r} is no layer of {type(model).__name__}")
+        values = torch.as_tensor(score).detach().to("cpu", torch.float64).numpy()
+        width = next(
+            (
+                getattr(module, key)
+                for key in ("out_channels", "out_features", "embedding_dim")
+                if hasattr(module, key)
+            ),
+            None,
+        )
+        if values.ndim != 1 or (isinstance(width, int) and len(values) != width):
+            raise InvalidInputError(
+                f"scores[{name!r}]: got shape {tuple(values.shape)}, wanted ({width},), a number a channel"
+            )
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise NonFiniteError(
+                f"scores[{name!r}]: channel {int(bad[0])} has the score {values[bad[0]]}, wanted numbers; "
+                "profile on data without NaN, or leave the layer out"
+            )
+        checked[name] = values
+    return checked
+
+
+def group_scores(group: Group, scores: Mapping[str, Floats], reduction: str = "mean") -> Floats | None:
+    """One score a unit, shape (group.size,): reduced over the unit's channels in a member, then over members.
+
+    Members without scores do not contribute. None if no member has scores; NaN for a unit that none of the
+    scored members has channels of.
+    """
+    reduce_ = _REDUCTIONS[reduction]
+    rows: list[Floats] = []
+    for member in group.members:
+        if member.kind in _SCORED and member.layer in scores:
+            values = scores[member.layer]
+            if len(values) != member.size:
+                raise InvalidInputError(
+                    f"scores[{member.layer!r}]: got {len(values)} numbers, wanted {member.size}"
+                )
+            rows.append(
+                np.array(
+                    [reduce_(values[list(unit)]) if unit else np.nan for unit in member.units],
+                    dtype=np.float64,
+                )
+            )
+    if not rows:
+        return None
+    table = np.stack(rows)
+    result = np.full(group.size, np.nan)
+    for unit in range(group.size):
+        present = table[:, unit][~np.isnan(table[:, unit])]
+        if len(present):
+            result[unit] = reduce_(present)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranking
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Units in the order of their removal.
+
+    Attributes:
+        groups: (n,) number of the group of each unit.
+        units: (n,) number of the unit within its group.
+    """
+
+    groups: NDArray[np.int64]
+    units: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def rank_units(
+    scores: Sequence[Floats],
+    capacity: Sequence[int],
+    *,
+    scope: str = "global",
+    normalize: str | None = "mean",
+) -> Ranking:
+    """Order all units that may go, lowest score first.
+
+    Ties: the group that comes first in the model goes first, and within a group the lower unit.
+
+    Args:
+        scores: one array a group.
+        capacity: the most units that each group may lose; its highest-scored units never appear.
+        scope: ``"global"`` ranks by score; ``"local"`` by the share of its group that a unit's removal
+            completes, so that every prefix takes about the same share of every group.
+        normalize: for ``"global"``: ``"mean"`` divides by the mean absolute score of the group, None does
+            nothing.
+    """
+    keys: list[Floats] = []
+    group_of: list[NDArray[np.int64]] = []
+    unit_of: list[NDArray[np.int64]] = []
+    for number, (values, most) in enumerate(zip(scores, capacity, strict=True)):
+        order = np.argsort(values, kind="stable")
+        if scope == "local":
+            key = (np.arange(len(order)) + 0.5) / max(len(order), 1)
+        else:
+            scale = float(np.mean(np.abs(values))) if normalize == "mean" and len(values) else 1.0
+            key = values[order] / scale if scale > 0 else values[order]
+        keys.append(key[:most])
+        group_of.append(np.full(min(most, len(order)), number, dtype=np.int64))
+        unit_of.append(order[:most].astype(np.int64))
+    empty = np.empty(0, dtype=np.int64)
+    groups = np.concatenate(group_of) if group_of else empty
+    units = np.concatenate(unit_of) if unit_of else empty
+    # Stable: within a group the order of removal stays, also among equal keys.
+    order = np.argsort(np.concatenate(keys), kind="stable") if keys else empty
+    return Ranking(groups[order], units[order])
+
+
+def allowed_removals(size: int, step: int, most: float) -> NDArray[np.int64]:
+    """How many of ``size`` units may go, ascending from 0, so that a positive multiple of ``step`` is left.
+
+    A size that is no multiple itself may stay as it is, or fall to a multiple below it.
+    """
+    least = max(step, math.ceil(size * (1.0 - most) - 1e-9), 1)
+    widths = [width for width in range(step, size, step) if width >= least]
+    return np.array([0, *sorted(size - width for width in widths)], dtype=np.int64)
+
+
+def _nearest(allowed: NDArray[np.int64], wanted: int) -> int:
+    """The allowed number nearest to ``wanted``; the smaller of two as near."""
+    position = int(np.searchsorted(allowed, wanted))
+    if position == 0:
+        return int(allowed[0])
+    if position == len(allowed):
+        return int(allowed[-1])
+    low, high = int(allowed[position - 1]), int(allowed[position])
+    return low if wanted - low <= high - wanted else high
+
+
+# ------------------------------------------------------------------------------------------------
+# Cost of a selection, without carrying it out
+# ------------------------------------------------------------------------------------------------
+
+
+class CostModel:
+    """Parameters and multiply-accumulates as functions of how many units each group loses.
+
+    Convolutions and linear layers cost (positions) x (inputs per part) x (outputs) x (kernel); what else a
+    model does stays as it is.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Inputs, groups: Sequence[Group], orders: Sequence[Any]
+    ):
+        self.base = Cost(complexity.count_params(model), None)
+        self._modules = dict(model.named_modules())
+        self._parameters = dict(model.named_parameters())
+        self._cumulated: list[list[tuple[tuple[str, str, int], NDArray[np.int64]]]] = []
+        self._size: dict[tuple[str, str, int], int] = {}
+        for group, order in zip(groups, orders, strict=True):
+            sides = []
+            for member in group.members:
+                counts = np.array([len(member.units[unit]) for unit in order], dtype=np.int64)
+                key = (member.layer, member.kind, member.dim)
+                self._size[key] = member.size
+                sides.append((key, np.concatenate(([0], np.cumsum(counts)))))
+            self._cumulated.append(sides)
+        layers = {key[0] for key in self._size}
+        self._kinds: dict[str, list[tuple[str, str, int]]] = {layer: [] for layer in layers}
+        for key in self._size:
+            self._kinds[key[0]].append(key)
+        self._positions = self._measure(model, example_inputs, layers)
+        full = dict(self._size)
+        self._fixed_params = self.base.params - sum(self._layer_params(layer, full) for layer in layers)
+        assert self.base.macs is not None
+        self._fixed_macs = self.base.macs - sum(self._layer_macs(layer, full) for layer in layers)
+
+    def _measure(self, model: nn.Module, example_inputs: Inputs, layers: set[str]) -> dict[str, int]:
+        positions: dict[str, int] = {}
+        names = {module: name for name, module in self._modules.items()}
+
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            result = _inputs.first_tensor(output)
+            entering = _inputs.first_tensor(args)
+            if result is None or entering is None:
+                return
+            if isinstance(module, _ConvNd):
+                own = entering.numel() // module.in_channels if module.transposed else 0
+                own = own or result.numel() // module.out_channels
+            else:
+                own = result.numel() // int(module.out_features)  # type: ignore[arg-type]
+            positions[names[module]] = positions.get(names[module], 0) + own
+
+        handles = [
+            self._modules[layer].register_forward_hook(count)
+            for layer in layers
+            if isinstance(self._modules.get(layer), (_ConvNd, nn.Linear))
+        ]
+        try:
+            self.base = replace(self.base, macs=complexity.count_macs(model, example_inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return positions
+
+    def _width(self, layer: str, side: str, left: Mapping[tuple[str, str, int], int]) -> int:
+        module = self._modules[layer]
+        both = left.get((layer, "depthwise", 0))
+        if both is not None:
+            return both
+        kind = ("conv_" if isinstance(module, _ConvNd) else "linear_") + side
+        name = {"conv_in": "in_channels", "conv_out": "out_channels", "linear_in": "in_features"}.get(
+            kind, "out_features"
+        )
+        return left.get((layer, kind, 0), int(getattr(module, name)))
+
+    def _products(self, layer: str, left: Mapping[tuple[str, str, int], int]) -> tuple[int, int]:
+        """Weights of a layer without its bias, and its outputs."""
+        module = self._modules[layer]
+        outs, ins = self._width(layer, "out", left), self._width(layer, "in", left)
+        if isinstance(module, _ConvNd):
+            groups = outs if (layer, "depthwise", 0) in left else module.groups
+            return outs * (ins // groups) * math.prod(module.kernel_size), outs
+        return outs * ins, outs
+
+    def _layer_params(self, layer: str, left: Mapping[tuple[str, str, int], int]) -> int:
+        module = self._modules.get(layer)
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            weights, outs = self._products(layer, left)
+            return weights + (outs if module.bias is not None else 0)
+        if module is None:
+            shape = list(self._parameters[layer].shape)
+            for _, _, dim in self._kinds[layer]:
+                shape[dim] = left[(layer, "parameter", dim)]
+            return math.prod(shape)
+        total = 0
+        for key in self._kinds[layer]:
+            own = sum(parameter.numel() for parameter in module.parameters())
+            total += own // self._size[key] * left[key]
+        return total
+
+    def _layer_macs(self, layer: str, left: Mapping[tuple[str, str, int], int]) -> int:
+        return self._positions[layer] * self._products(layer, left)[0] if layer in self._positions else 0
+
+    def __call__(self, removed: Sequence[int]) -> Cost:
+        """The cost when group i loses the first ``removed[i]`` units of its own order."""
+        left = dict(self._size)
+        for count, sides in zip(removed, self._cumulated, strict=True):
+            for key, cumulated in sides if count else ():
+                left[key] -= int(cumulated[count])
+        params = self._fixed_params + sum(self._layer_params(layer, left) for layer in self._kinds)
+        macs = self._fixed_macs + sum(self._layer_macs(layer, left) for layer in self._kinds)
+        return Cost(params, macs)
+
+
+# ------------------------------------------------------------------------------------------------
+# The decision
+# ------------------------------------------------------------------------------------------------
+
+
+def _unit_step(group: Group, round_to: int) -> int:
+    """Units that make a multiple of ``round_to`` channels in every member."""
+    per_unit = 0
+    for member in group.members:
+        for unit in member.units:
+            per_unit = math.gcd(per_unit, len(unit))
+    return round_to // math.gcd(round_to, per_unit or 1)
+
+
+def prune_filters(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    example_inputs: Inputs,
+    *,
+    ratio: float | None = None,
+    macs: float | int | None = None,
+    params: float | int | None = None,
+    round_to: int = 8,
+    ignore: Ignore = (),
+    scope: str = "global",
+    normalize: str | None = "mean",
+    reduction: str = "mean",
+    max_ratio: float = 0.9,
+    exact: bool = True,
+    verify: bool = True,
+    time_limit: float = 60.0,
+) -> PruningPlan:
+    """Choose the channels to remove and return them as a plan; ``model`` is not changed.
+
+    Exactly one of ``ratio``, ``macs`` and ``params`` is given. Ties in the ranking: the group whose first
+    layer runs first, then the lower index. For ``macs`` and ``params`` the plan removes the shortest prefix
+    of the ranking that meets the target.
+
+    Args:
+        scores: per layer name, shape (output channels,); high means important. Layers without scores do not
+            contribute; groups in which no layer has scores are left alone.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        ratio: share of the units of all prunable groups to remove, in [0, 1); exactly ``round(ratio *
+            units)`` with ``round_to=1``, else the nearest number that the widths allow.
+        macs: multiply-accumulates to reach: a share of the present ones (float up to 1.0) or a count.
+        params: parameters to reach, likewise.
+        round_to: what is left of each group is a multiple of this many channels, and at least that many. A
+            group whose width is no multiple keeps it or falls to a multiple; one that cannot shrink is
+            skipped.
+        ignore: layers whose output channels stay: names or patterns, module classes, modules.
+        scope: ``"global"``: one ranking over all groups. ``"local"``: about the same share of every group.
+        normalize: for the global ranking: ``"mean"`` divides the scores of a group by their mean, since
+            divergences of different layers come in different units (they carry 1/(channels x positions)), and
+            raw numbers would empty whole layers first; None compares them as they are.
+        reduction: over the channels of a unit and over the members of a group: ``"mean"``, ``"sum"``,
+            ``"max"``.
+        max_ratio: the largest share of any one group to remove.
+        exact: leave groups alone whose removal is not exact; see :func:`idap.groups.find_groups`.
+        verify: compare the pruned model with the original whose removed contributions are set to zero
+            (``exact``), and leave out groups that fail. Without, only the form of the outputs is checked.
+        time_limit: seconds for finding the groups.
+
+    Raises:
+        InvalidInputError: for arguments out of range, unknown layer names, scores of the wrong length.
+        NonFiniteError: for NaN or infinite scores; names the layer.
+        TargetUnreachableError: if the target cannot be met; says how far the removal could go.
+        GraphTimeoutError, GraphError: if the groups cannot be found.
+        SurgeryError: if so many groups fail the check that the check makes no sense for this model.
+    """
+    given = [
+        name for name, value in (("ratio", ratio), ("macs", macs), ("params", params)) if value is not None
+    ]
+    if len(given) != 1:
+        raise InvalidInputError(f"got {given or 'no target'}, wanted exactly one of ratio, macs and params")
+    if ratio is not None and not 0.0 <= ratio < 1.0:
+        raise InvalidInputError(f"ratio: got {ratio!r}, wanted a share in [0, 1)")
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise InvalidInputError(
+            f"round_to: got {round_to!r}, wanted a positive whole number (1: no rounding)"
+        )
+    if not 0.0 < max_ratio <= 1.0:
+        raise InvalidInputError(f"max_ratio: got {max_ratio!r}, wanted a share in (0, 1]")
+    for name, value, known in (
+        ("scope", scope, ("global", "local")),
+        ("normalize", normalize, ("mean", None)),
+        ("reduction", reduction, tuple(_REDUCTIONS)),
+    ):
+        if value not in known:
+            raise InvalidInputError(f"{name}: got {value!r}, wanted one of {known}")
+    checked = check_scores(model, scores)
+    scan = find_groups(model, example_inputs, ignore=ignore, exact=exact, time_limit=time_limit)
+    skipped = list(scan.skipped)
+    groups: list[Group] = []
+    values: list[Floats] = []
+    allowed: list[NDArray[np.int64]] = []
+    for group in scan.groups:
+        own = group_scores(group, checked, reduction)
+        removals = allowed_removals(group.size, _unit_step(group, round_to), max_ratio)
+        if own is None:
+            skipped.append(Skipped(group.root, group.size, "no scores for any of its layers"))
+        elif np.isnan(own).any():
+            skipped.append(Skipped(group.root, group.size, "no scores for some of its channels"))
+        elif len(removals) == 1:
+            skipped.append(
+                Skipped(
+                    group.root,
+                    group.size,
+                    f"cannot shrink with round_to={round_to} and max_ratio={max_ratio:g}",
+                )
+            )
+        else:
+            groups.append(group)
+            values.append(own)
+            allowed.append(removals)
+    while True:
+        chosen, cost = _decide(
+            model, example_inputs, groups, values, allowed, ratio, macs, params, scope, normalize
+        )
+        plan = PruningPlan(type(model).__name__, (), cost.base, cost.base, tuple(skipped))
+        if not chosen:
+            return plan
+        plan = replace(plan, steps=(_plan.channel_step(chosen),))
+        pruned, failures = _examine(model, plan, chosen, example_inputs, exact and verify)
+        if not failures:
+            assert pruned is not None
+            return replace(plan, after=_plan.measure(pruned, example_inputs))
+        for group, reason in failures:
+            number = next(i for i, other in enumerate(groups) if other is group)
+            del groups[number], values[number], allowed[number]
+            skipped.append(Skipped(group.root, group.size, reason))
+
+
+def _decide(
+    model: nn.Module,
+    example_inputs: Inputs,
+    groups: Sequence[Group],
+    values: Sequence[Floats],
+    allowed: Sequence[NDArray[np.int64]],
+    ratio: float | None,
+    macs: float | int | None,
+    params: float | int | None,
+    scope: str,
+    normalize: str | None,
+) -> tuple[list[tuple[Group, list[int]]], CostModel]:
+    orders = [np.argsort(value, kind="stable") for value in values]
+    ranking = rank_units(values, [int(a[-1]) for a in allowed], scope=scope, normalize=normalize)
+    cost = CostModel(model, example_inputs, groups, orders)
+
+    def removed(length: int) -> list[int]:
+        counts = np.bincount(ranking.groups[:length], minlength=len(groups))
+        return [_nearest(own, int(count)) for own, count in zip(allowed, counts, strict=True)]
+
+    lengths = range(len(ranking) + 1)
+    if ratio is not None:
+        total = sum(group.size for group in groups)
+        wanted = round(ratio * total)
+        most = sum(removed(len(ranking)))
+        if wanted > most:
+            raise TargetUnreachableError(
+                f"ratio={ratio:g} asks for {wanted} of {total} units, at most {most} can go "
+                f"({len(groups)} groups); lower round_to or raise max_ratio"
+            )
+        length = bisect_left(lengths, wanted, key=lambda n: sum(removed(n)))
+        if length and wanted - sum(removed(length - 1)) <= sum(removed(length)) - wanted:
+            length -= 1
+    else:
+        name = "macs" if macs is not None else "params"
+        value = macs if macs is not None else params
+        full = getattr(cost.base, name)
+        assert value is not None
+        wanted = _plan.target_count(name, value, full)
+        reachable = getattr(cost(removed(len(ranking))), name)
+        if reachable > wanted:
+            raise TargetUnreachableError(
+                f"{name}={value!r} asks for {wanted:,}, the least that removal reaches is {reachable:,} "
+                f"({100 * reachable / full:.1f} % of {full:,}); lower round_to or raise max_ratio"
+            )
+        length = bisect_left(lengths, -wanted, key=lambda n: -getattr(cost(removed(n)), name))
+    counts = removed(length)
+    chosen = [
+        (group, [int(unit) for unit in order[:count]])
+        for group, order, count in zip(groups, orders, counts, strict=True)
+        if count
+    ]
+    return chosen, cost
+
+
+# ------------------------------------------------------------------------------------------------
+# The proof
+# ------------------------------------------------------------------------------------------------
+
+_Chosen = list[tuple[Group, list[int]]]
+# Halving finds a few faulty groups among hundreds in this many; more means that the check itself makes no sense.
+_MOST_TRIES = 64
+
+
+def _examine(
+    model: nn.Module, plan: PruningPlan, chosen: _Chosen, example_inputs: Inputs, exact: bool
+) -> tuple[nn.Module | None, list[tuple[Group, str]]]:
+    """The checked pruned model, or the groups whose removal does not do what it should."""
+    pruned, problem = _try(model, plan, example_inputs, exact)
+    if problem is None:
+        return pruned, []
+
+    tries = 0
+
+    def fails(part: _Chosen) -> str | None:
+        nonlocal tries
+        tries += 1
+        if tries > _MOST_TRIES:
+            raise SurgeryError(
+                f"too many groups fail the check, one like this: {problem}. Does the model "
+                "give the same outputs twice? Name layers in `ignore`, or pass verify=False"
+            )
+        return _try(model, replace(plan, steps=(_plan.channel_step(part),)), example_inputs, exact)[1]
+
+    def narrow(part: _Chosen, problem: str) -> list[tuple[Group, str]]:
+        if len(part) == 1:
+            return [(part[0][0], problem)]
+        found: list[tuple[Group, str]] = []
+        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+            trouble = fails(half)
+            if trouble is not None:
+                found += narrow(half, trouble)
+        # Harmless apart and harmful together: none of them can be trusted.
+        return found or [(group, f"{problem} (together with other groups)") for group, _ in part]
+
+    return None, narrow(chosen, problem)
+
+
+def _try(
+    model: nn.Module, plan: PruningPlan, example_inputs: Inputs, exact: bool
+) -> tuple[nn.Module | None, str | None]:
+    try:
+        pruned = plan.apply(model, example_inputs)
+    except SurgeryError as error:
+        return None, f"its removal breaks the model: {error}"
+    if not exact:
+        return pruned, None
+    error_found = plan.exactness_error(model, example_inputs)
+    limit = 1e-4
+    if not error_found <= limit:
+        # Rounding or a wrong result: double precision tells them apart.
+        try:
+            wide = _widen(example_inputs)
+            error_found = plan.exactness_error(copy.deepcopy(model).double(), wide)
+            limit = 1e-7
+        except (IdapError, RuntimeError, TypeError, ValueError):
+            limit = 1e-2
+    if error_found <= limit:
+        return pruned, None
+    return (
+        None,
+        f"removal is not exact: the outputs differ by {error_found:.1e} from those with its channels at zero",
+    )
+
+
+def _widen(example_inputs: Inputs) -> Any:
+    return _inputs.map_tensors(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
+
+
+__all__ = [
+    "CostModel",
+    "Member",
+    "Ranking",
+    "allowed_removals",
+    "check_scores",
+    "group_scores",
+    "prune_filters",
+    "rank_units",
+]

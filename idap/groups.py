@@ -1,0 +1,420 @@
+"""Coupled channels of a model as plain data, and the surgery of one layer.
+
+Which channels must go together is read off one traced forward pass: the autograd graph of the model's
+outputs, with hooks that tell which part of it is which layer. Every axis of every tensor on the way of a
+prunable channel is followed through the operations with the exact sizes autograd saved (views, permutations,
+concatenations, splits, broadcasts, contractions); what cannot be followed is reported, never guessed. The
+work is linear in the size of the graph, so that it ends for models on which an enumeration of coupled index
+lists does not. Layers are cut by Torch-Pruning's pruning functions; this is the only file that knows
+Torch-Pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from . import inputs as _inputs
+from .errors import GraphError, InvalidInputError, PlanMismatchError
+from .inputs import Inputs
+from .tracing import (
+    INEXACT,
+    Axis,
+    Deadline,
+    Follower,
+    Indices,
+    Trace,
+    components,
+    is_frozen_bn,
+    side_width,
+    trace_model,
+)
+
+Ignore: TypeAlias = "Iterable[str | type[nn.Module] | nn.Module]"
+_PRODUCERS = ("conv_out", "linear_out", "embedding", "parameter")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of one layer in a group.
+
+    Attributes:
+        layer: qualified name of the module, or of the parameter for the kind ``"parameter"``.
+        kind: how the layer is cut: ``conv_out``, ``conv_in``, ``depthwise``, ``linear_out``, ``linear_in``,
+            ``bn``, ``frozen_bn``, ``layernorm``, ``groupnorm``, ``instancenorm``, ``prelu``, ``embedding``,
+            ``parameter``.
+        size: channels of that side in the whole layer.
+        units: for each unit of the group, the channels of this side that go with it (possibly none).
+        dim: the dimension that is cut, for the kind ``"parameter"``; else 0.
+    """
+
+    layer: str
+    kind: str
+    size: int
+    units: tuple[tuple[int, ...], ...]
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can only be removed together: ``size`` units, each spread over all members."""
+
+    root: str
+    size: int
+    members: tuple[Member, ...]
+
+    def removals(self, units: Iterable[int]) -> Iterator[tuple[Member, list[int]]]:
+        """The channels of each member that go when ``units`` go."""
+        chosen = sorted(set(units))
+        for member in self.members:
+            indices = sorted({index for unit in chosen for index in member.units[unit]})
+            if indices:
+                yield member, indices
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A group or a block that is left alone, and why."""
+
+    root: str
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class GroupScan:
+    """All groups of a model, in the order in which their first layers run; prunable ones and others."""
+
+    groups: list[Group]
+    skipped: list[Skipped]
+
+
+def _attention_modules(model: nn.Module) -> set[str]:
+    """Modules that split their channels over heads."""
+    words = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
+    hints = ("attention", "attn", "mhsa", "mha")
+    inner = {"qkv", "q", "query", "q_proj", "to_q", "to_qkv", "c_attn", "in_proj", "q_lin", "Wqkv"}
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found.add(name)
+        elif any(isinstance(vars(module).get(word), int) for word in words):
+            children = {child for child, _ in module.named_children()}
+            if any(hint in type(module).__name__.lower() for hint in hints) or children & inner:
+                found.add(name)
+    return found
+
+
+def _matches(name: str, module: nn.Module | None, owners: Sequence[tuple[str, nn.Module]], rule: Any) -> bool:
+    if isinstance(rule, str):
+        return fnmatchcase(name, rule) or any(fnmatchcase(owner, rule) for owner, _ in owners if owner)
+    if isinstance(rule, nn.Module):
+        return module is rule or any(owner is rule for _, owner in owners)
+    return isinstance(module, rule) or any(isinstance(owner, rule) for _, owner in owners)
+
+
+def resolve_ignore(model: nn.Module, ignore: Ignore) -> set[str]:
+    """Names of all modules and parameters that ``ignore`` covers.
+
+    Args:
+        ignore: names or fnmatch patterns (they cover everything below what they match), module classes,
+            modules.
+
+    Raises:
+        InvalidInputError: if an entry matches nothing, or is of another type.
+    """
+    if isinstance(ignore, (str, type, nn.Module)):
+        ignore = (ignore,)
+    covered: set[str] = set()
+    modules = dict(model.named_modules())
+    names: list[tuple[str, nn.Module | None]] = list(modules.items())
+    names += [(name, None) for name, _ in model.named_parameters()]
+    for rule in ignore:
+        if not isinstance(rule, (str, nn.Module)) and not (
+            isinstance(rule, type) and issubclass(rule, nn.Module)
+        ):
+            raise InvalidInputError(
+                f"ignore: got {rule!r}, wanted a name or pattern, a module class or a module"
+            )
+        hits = set()
+        for name, module in names:
+            owners = [(name[:i], modules[name[:i]]) for i, letter in enumerate(name) if letter == "."]
+            if _matches(name, module, owners, rule):
+                hits.add(name)
+        if not hits:
+            raise InvalidInputError(
+                f"ignore: {rule if isinstance(rule, (str, type)) else type(rule).__name__!r} matches no "
+                f"module or parameter of {type(model).__name__}; see model.named_modules() for the names"
+            )
+        covered |= hits
+    return covered
+
+
+def find_groups(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    ignore: Ignore = (),
+    exact: bool = True,
+    time_limit: float = 60.0,
+) -> GroupScan:
+    """Groups of coupled channels of ``model``, in its present numbering.
+
+    A copy of the model runs once on the CPU, in evaluation mode; the model itself is not touched.
+
+    Args:
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        ignore: layers whose output channels stay: names or fnmatch patterns, module classes, modules.
+        exact: leave groups alone whose removal is not exact, because a normalisation, a softmax or an average
+            spans the removed channels. With False they are offered where surgery is possible.
+        time_limit: seconds after which :class:`GraphTimeoutError` is raised. It is looked at before every
+            module call and during the analysis; a single module that hangs is not interrupted.
+
+    Returns:
+        Groups with more than one unit and no obstacle in ``groups``; all others in ``skipped``, with the
+        reason.
+
+    Raises:
+        GraphTimeoutError: if the time limit is over.
+        GraphError: if the model raises, or returns nothing that depends on its parameters.
+        InvalidInputError: if an entry of ``ignore`` matches nothing, or the model cannot be copied.
+    """
+    deadline = Deadline(time_limit)
+    covered = resolve_ignore(model, ignore)
+    duplicate = _inputs.tracing_copy(model, "cpu")
+    example = _inputs.to_device(example_inputs, "cpu")
+    halves = (torch.float16, torch.bfloat16)
+    if any(tensor.dtype in halves for tensor in duplicate.parameters()):
+        duplicate = duplicate.float()
+        example = _inputs.map_tensors(example, lambda t: t.float() if t.dtype in halves else t)
+    try:
+        trace = trace_model(duplicate, example, deadline)
+    except (GraphError, InvalidInputError):
+        raise
+    except Exception as error:
+        raise GraphError(
+            f"{type(model).__name__} raised {type(error).__name__} on the example inputs: {error}"
+        ) from error
+    follower = Follower(duplicate, trace, deadline)
+    follower.run()
+    return _collect(duplicate, follower, trace, covered, exact, deadline)
+
+
+def _collect(
+    model: nn.Module, follower: Follower, trace: Trace, covered: set[str], exact: bool, deadline: Deadline
+) -> GroupScan:
+    axes = follower.axes
+    offsets: dict[Axis, int] = {}
+    count = 0
+    for axis in axes.parent:
+        root = axes.find(axis)
+        if root not in offsets:
+            offsets[root] = count
+            count += axes.size[root]
+    ends: tuple[list[Indices], list[Indices]] = ([], [])
+    for a, b, pairs in axes.relations:
+        deadline.check()
+        left, right = pairs()
+        ends[0].append(left + offsets[axes.find(a)])
+        ends[1].append(right + offsets[axes.find(b)])
+    empty = np.empty(0, dtype=np.int64)
+    labels = components(
+        count, np.concatenate(ends[0]) if ends[0] else empty, np.concatenate(ends[1]) if ends[1] else empty
+    )
+
+    def labels_of(axis: Axis) -> Indices:
+        start = offsets[axes.find(axis)]
+        return labels[start : start + axes.size[axis]]
+
+    def rank(item: tuple[Axis, tuple[str, str, int]]) -> tuple[int, str, str, int]:
+        name, kind, dim = item[1]
+        return trace.order.get(name, len(trace.order)), name, kind, dim
+
+    sides = sorted(follower.sides.items(), key=rank)
+    # Units that share a layer which makes channels belong to one group.
+    parent: dict[int, int] = {}
+
+    def find(label: int) -> int:
+        while parent[label] != label:
+            parent[label] = parent[parent[label]]
+            label = parent[label]
+        return label
+
+    producers = [(axis, side) for axis, side in sides if side[1] in _PRODUCERS]
+    for axis, _ in producers:
+        own = [int(label) for label in dict.fromkeys(labels_of(axis).tolist())]
+        for label in own:
+            parent.setdefault(label, label)
+        for label in own[1:]:
+            parent[find(label)] = find(own[0])
+    unit_numbers: dict[int, dict[int, int]] = {}
+    roots: dict[int, str] = {}
+    for axis, (name, _, _) in producers:
+        for label in dict.fromkeys(labels_of(axis).tolist()):
+            group = find(label)
+            roots.setdefault(group, name)
+            numbers = unit_numbers.setdefault(group, {})
+            numbers.setdefault(label, len(numbers))
+    members: dict[int, list[Member]] = {group: [] for group in roots}
+    for axis, (name, kind, dim) in sides:
+        deadline.check()
+        own_labels = labels_of(axis)
+        touched: dict[int, list[list[int]]] = {}
+        for index, label in enumerate(own_labels.tolist()):
+            if label not in parent:
+                continue
+            group = find(label)
+            slots = touched.get(group)
+            if slots is None:
+                slots = touched[group] = [[] for _ in unit_numbers[group]]
+            slots[unit_numbers[group][label]].append(index)
+        for group, slots in touched.items():
+            member = Member(name, kind, len(own_labels), tuple(tuple(slot) for slot in slots), dim)
+            members[group].append(member)
+    notes: dict[int, list[str]] = {group: [] for group in roots}
+    for noted, why in axes.notes:
+        for label in np.unique(labels_of(noted)).tolist():
+            if label in parent and why not in notes[find(label)]:
+                notes[find(label)].append(why)
+    attention = _attention_modules(model)
+    groups: list[Group] = []
+    skipped: list[Skipped] = []
+    for group, first in roots.items():
+        size = len(unit_numbers[group])
+        reason = _reason(members[group], size, notes[group], covered, attention, exact)
+        if reason is None:
+            groups.append(Group(first, size, tuple(members[group])))
+        else:
+            skipped.append(Skipped(first, size, reason))
+    return GroupScan(groups, skipped)
+
+
+def _reason(
+    members: list[Member], size: int, notes: list[str], covered: set[str], attention: set[str], exact: bool
+) -> str | None:
+    hard = [note for note in notes if INEXACT not in note]
+    for note in hard:
+        if "output of the model" in note:
+            return note
+    for member in members:
+        if member.layer in covered and not member.kind.endswith("_in"):
+            return f"ignored on request ({member.layer})"
+    for member in members:
+        owner = next(
+            (name for name in attention if member.layer.startswith(name + ".") or member.layer == name), None
+        )
+        if owner is not None and not member.kind.endswith("_in"):
+            return f"attention heads: needs a head-aware adapter ({owner})"
+    if hard:
+        return hard[0]
+    if exact and notes:
+        return notes[0]
+    if size < 2:
+        return "only one unit is left" if size else "no units"
+    if not any(member.kind in ("conv_out", "linear_out") for member in members):
+        return "no convolution or linear layer makes its channels"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Surgery
+# ------------------------------------------------------------------------------------------------
+
+_KINDS = (
+    "conv_out", "conv_in", "depthwise", "linear_out", "linear_in", "bn", "frozen_bn", "layernorm",
+    "groupnorm", "instancenorm", "prelu", "embedding", "parameter",
+)  # fmt: skip
+
+_CLASSES: dict[str, type[nn.Module]] = {
+    "conv_out": _ConvNd, "conv_in": _ConvNd, "depthwise": _ConvNd, "linear_out": nn.Linear,
+    "linear_in": nn.Linear, "bn": _BatchNorm, "layernorm": nn.LayerNorm, "groupnorm": nn.GroupNorm,
+    "instancenorm": _InstanceNorm, "prelu": nn.PReLU, "embedding": nn.Embedding,
+}  # fmt: skip
+
+
+def side_size(model: nn.Module, layer: str, kind: str, dim: int = 0) -> int:
+    """Channels that one side of a layer has now.
+
+    Raises:
+        PlanMismatchError: if the model has no such layer, or one of another class.
+        InvalidInputError: if the kind is unknown.
+    """
+    if kind not in _KINDS:
+        raise InvalidInputError(f"unknown kind of surgery: got {kind!r}, wanted one of {list(_KINDS)}")
+    if kind == "parameter":
+        try:
+            parameter = model.get_parameter(layer)
+        except AttributeError:
+            raise PlanMismatchError(
+                f"{layer}: the plan cuts this parameter, the model has none of that name"
+            ) from None
+        if not 0 <= dim < parameter.dim():
+            raise PlanMismatchError(
+                f"{layer}: the plan cuts dimension {dim}, the parameter has {parameter.dim()}"
+            )
+        return int(parameter.shape[dim])
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        raise PlanMismatchError(
+            f"{layer}: the plan cuts this layer, the model has none of that name"
+        ) from None
+    fits = is_frozen_bn(module) if kind == "frozen_bn" else isinstance(module, _CLASSES[kind])
+    if not fits:
+        wanted = "FrozenBatchNorm2d" if kind == "frozen_bn" else _CLASSES[kind].__name__.strip("_")
+        raise PlanMismatchError(
+            f"{layer}: the plan cuts a {wanted} here ({kind}), the model has a {type(module).__name__}"
+        )
+    return side_width(module, kind)
+
+
+def cut(model: nn.Module, layer: str, kind: str, removed: Sequence[int], dim: int = 0) -> None:
+    """Remove channels from one side of one layer, in place, by Torch-Pruning's function for its kind."""
+    import torch_pruning as tp
+
+    indices = list(removed)
+    if kind == "parameter":
+        owner, _, name = layer.rpartition(".")
+        parameter = model.get_parameter(layer)
+        pruner = tp.pruner.function.ParameterPruner(pruning_dim=dim)
+        setattr(model.get_submodule(owner), name, pruner.prune_out_channels(parameter, indices))
+        return
+    module = model.get_submodule(layer)
+    if kind == "frozen_bn":
+        keep = sorted(set(range(side_width(module, kind))) - set(indices))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            setattr(module, name, getattr(module, name)[keep].clone())
+        return
+    if kind == "layernorm":
+        tp.pruner.function.LayernormPruner(pruning_dim=-1).prune_out_channels(module, indices)
+        return
+    size = side_width(module, kind)
+    functions = {
+        "conv_out": tp.prune_conv_out_channels,
+        "conv_in": tp.prune_conv_in_channels,
+        "depthwise": tp.prune_depthwise_conv_out_channels,
+        "linear_out": tp.prune_linear_out_channels,
+        "linear_in": tp.prune_linear_in_channels,
+        "bn": tp.prune_batchnorm_out_channels,
+        "groupnorm": tp.prune_groupnorm_out_channels,
+        "instancenorm": tp.prune_instancenorm_out_channels,
+        "prelu": tp.prune_prelu_out_channels,
+        "embedding": tp.prune_embedding_out_channels,
+    }
+    functions[kind](module, indices)
+    if kind == "groupnorm" and module.num_groups == size:
+        # Torch-Pruning keeps the number of groups, which is the number of channels here.
+        module.num_groups = module.num_channels
+    if kind == "instancenorm" and getattr(module, "running_mean", None) is not None:
+        keep = sorted(set(range(size)) - set(indices))
+        module.running_mean = module.running_mean[keep].clone()  # type: ignore[index]
+        module.running_var = module.running_var[keep].clone()  # type: ignore[index]

@@ -1,0 +1,615 @@
+"""What is removed from a model, as data: to JSON and back, applied to a fresh copy, then checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from . import complexity
+from . import groups as _groups
+from . import inputs as _inputs
+from .errors import IdapError, InvalidInputError, NonFiniteError, PlanMismatchError, SurgeryError
+from .groups import Skipped
+from .inputs import Inputs
+
+Returns: TypeAlias = "str | list[Any]"
+FORMAT = "idap-plan"
+FORMAT_VERSION = 1
+
+
+class IdentityBlock(nn.Module):
+    """Stands in for a removed block: gives its first tensor argument back, in the shape the block returned.
+
+    Args:
+        returns: ``"tensor"``: the hidden state alone. Otherwise a list for the items of the returned tuple:
+            ``"hidden"``, ``"none"``, ``["arg", position]`` or ``["kwarg", name]`` for an argument that is
+            passed on (None when the caller leaves it out).
+    """
+
+    def __init__(self, returns: Returns = "tensor") -> None:
+        super().__init__()
+        self.returns = returns
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = _inputs.first_tensor(args)
+        if hidden is None:
+            hidden = _inputs.first_tensor(kwargs)
+        if self.returns == "tensor":
+            return hidden
+        items: list[Any] = []
+        rules: list[Any] = list(self.returns)
+        for rule in rules:
+            if rule == "hidden":
+                items.append(hidden)
+            elif rule == "none":
+                items.append(None)
+            elif rule[0] == "arg":
+                items.append(args[rule[1]] if rule[1] < len(args) else None)
+            else:
+                items.append(kwargs.get(rule[1]))
+        return tuple(items)
+
+    def extra_repr(self) -> str:
+        return f"returns={self.returns!r}"
+
+
+@dataclass(frozen=True)
+class ChannelRemoval:
+    """Channels that one side of one layer loses.
+
+    Attributes:
+        layer: qualified name of the module (of the parameter, for the kind ``"parameter"``).
+        kind: how it is cut; see :class:`idap.groups.Member`.
+        size: channels of that side before the step.
+        removed: ascending, in the numbering before the step.
+        dim: dimension that is cut, for the kind ``"parameter"``.
+    """
+
+    layer: str
+    kind: str
+    size: int
+    removed: tuple[int, ...]
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class ChannelStep:
+    """One round of channel removal; every side of a layer appears once."""
+
+    removals: tuple[ChannelRemoval, ...]
+
+
+@dataclass(frozen=True)
+class BlockRemoval:
+    """A block that the identity stands in for.
+
+    Attributes:
+        name: qualified module name.
+        type: class name of the module that goes.
+        returns: what the identity gives back; see :class:`IdentityBlock`.
+    """
+
+    name: str
+    type: str
+    returns: Returns = "tensor"
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """One round of block removal."""
+
+    removals: tuple[BlockRemoval, ...]
+
+
+Step: TypeAlias = "ChannelStep | BlockStep"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model: parameters, and multiply-accumulates of one pass over the example inputs."""
+
+    params: int
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Steps that turn one model into a smaller one.
+
+    Attributes:
+        model: class name of the model it was made for.
+        steps: in the order in which they are applied; each numbers channels as the steps before it leave
+            them.
+        before: cost of the model it was made for.
+        after: cost of what comes out.
+        skipped: groups and blocks that were left alone, each with its reason.
+    """
+
+    model: str
+    steps: tuple[Step, ...] = ()
+    before: Cost | None = None
+    after: Cost | None = None
+    skipped: tuple[Skipped, ...] = field(default=(), compare=False)
+
+    # ---------------------------------------------------------------------------------- applying
+
+    def apply(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        """The pruned counterpart of ``model``, which is left alone.
+
+        Training mode, ``requires_grad`` and tied parameters come out as they are in ``model``.
+
+        Args:
+            example_inputs: if given, original and pruned model run on them in evaluation mode, and the
+                outputs must have the same structure and shapes, and be finite where the original's are.
+
+        Raises:
+            PlanMismatchError: if the plan was made for another model; names the first layer that differs.
+            SurgeryError: if the pruned model raises, or fails the check.
+        """
+        self.check(model)
+        pruned = _carry_out(model, self.steps)
+        if example_inputs is not None:
+            check_forward(model, pruned, example_inputs)
+        return pruned
+
+    def check(self, model: nn.Module) -> None:
+        """Compare the first use of every layer in the plan with ``model``, in order, without touching it.
+
+        Raises:
+            PlanMismatchError: names the first layer that differs, and how.
+        """
+        sizes: dict[tuple[str, str, int], int] = {}
+        gone: list[str] = []
+        for step in self.steps:
+            if isinstance(step, BlockStep):
+                for block in step.removals:
+                    _check_block(model, block, gone)
+                    gone.append(block.name)
+                continue
+            for removal in step.removals:
+                key = _side_key(removal.layer, removal.kind, removal.dim)
+                if any(removal.layer == name or removal.layer.startswith(name + ".") for name in gone):
+                    raise PlanMismatchError(
+                        f"{removal.layer}: the plan cuts it after removing the block it is in"
+                    )
+                actual = _groups.side_size(model, removal.layer, removal.kind, removal.dim)
+                actual = sizes.get(key, actual)
+                if actual != removal.size:
+                    raise PlanMismatchError(
+                        f"{removal.layer}: the plan was made for {removal.size} channels ({removal.kind}), "
+                        f"the model has {actual}; apply it to a fresh {self.model}"
+                    )
+                bad = [index for index in removal.removed if not 0 <= index < removal.size]
+                if (
+                    bad
+                    or len(set(removal.removed)) != len(removal.removed)
+                    or len(removal.removed) >= removal.size
+                ):
+                    raise PlanMismatchError(
+                        f"{removal.layer}: the plan removes {len(removal.removed)} of {removal.size} "
+                        f"channels ({removal.kind}), out of range or repeated: {bad[:4] or 'all of them'}"
+                    )
+                sizes[key] = removal.size - len(removal.removed)
+
+    def exactness_error(self, model: nn.Module, example_inputs: Inputs) -> float:
+        """How far the pruned model is from the original with the removed contributions set to zero.
+
+        The reference is ``model`` at full width in which every layer that reads removed channels has the
+        weights that read them set to zero (and blocks replaced as the plan says). Both run on
+        ``example_inputs`` in evaluation mode. For an exact plan only rounding is left.
+
+        Returns:
+            Largest absolute difference over all floating outputs, divided by the largest absolute value.
+        """
+        pruned = self.apply(model)
+        reference = _masked(model, self.steps)
+        return _relative_difference(reference, pruned, example_inputs)
+
+    # ------------------------------------------------------------------------------- composition
+
+    def then(self, following: PruningPlan) -> PruningPlan:
+        """This plan, then ``following``, which was made on what this one gives."""
+        return PruningPlan(
+            model=self.model,
+            steps=self.steps + following.steps,
+            before=self.before if self.before is not None else following.before,
+            after=following.after if following.after is not None else self.after,
+            skipped=following.skipped if following.skipped else self.skipped,
+        )
+
+    def __add__(self, following: object) -> PruningPlan:
+        if not isinstance(following, PruningPlan):
+            return NotImplemented
+        return self.then(following)
+
+    @property
+    def removed_units(self) -> int:
+        """Output channels removed, over all layers and steps."""
+        kinds = ("conv_out", "linear_out", "embedding")
+        steps = [step for step in self.steps if isinstance(step, ChannelStep)]
+        return sum(len(r.removed) for step in steps for r in step.removals if r.kind in kinds)
+
+    @property
+    def removed_blocks(self) -> tuple[str, ...]:
+        """Names of the removed blocks, in the order of their removal."""
+        steps = [step for step in self.steps if isinstance(step, BlockStep)]
+        return tuple(removal.name for step in steps for removal in step.removals)
+
+    # ------------------------------------------------------------------------------------- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "model": self.model,
+            "before": _cost_to_dict(self.before),
+            "after": _cost_to_dict(self.after),
+            "steps": [_step_to_dict(step) for step in self.steps],
+            "skipped": [{"root": s.root, "size": s.size, "reason": s.reason} for s in self.skipped],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PruningPlan:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InvalidInputError: if the data is no plan, of a newer version, or damaged.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InvalidInputError(f"not a pruning plan: wanted a JSON object with format {FORMAT!r}")
+        if data.get("version") != FORMAT_VERSION:
+            raise InvalidInputError(
+                f"pruning plan: got format version {data.get('version')!r}, wanted {FORMAT_VERSION}; "
+                "a newer version of idap wrote it"
+            )
+        try:
+            return cls(
+                model=str(data["model"]),
+                steps=tuple(_step_from_dict(step) for step in data["steps"]),
+                before=_cost_from_dict(data.get("before")),
+                after=_cost_from_dict(data.get("after")),
+                skipped=tuple(
+                    Skipped(s["root"], int(s["size"]), s["reason"]) for s in data.get("skipped", ())
+                ),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidInputError(f"pruning plan: damaged ({type(error).__name__}: {error})") from error
+
+    def to_json(self) -> str:
+        """The plan as a JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            InvalidInputError: if the text is no JSON, or no plan.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InvalidInputError(f"pruning plan: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as a JSON file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            InvalidInputError: if the file holds no plan.
+        """
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    # ----------------------------------------------------------------------------------- reading
+
+    def summary(self, *, width: int = 12) -> str:
+        """A few lines for people: what goes, what it costs before and after, what was left alone.
+
+        Args:
+            width: most lines for skipped groups.
+        """
+        lines = [f"Pruning plan for {self.model}: {len(self.steps)} step(s)"]
+        for number, step in enumerate(self.steps, start=1):
+            if isinstance(step, BlockStep):
+                lines.append(f"  {number}. blocks: {', '.join(r.name for r in step.removals) or 'none'}")
+                continue
+            makers = [r for r in step.removals if r.kind in ("conv_out", "linear_out", "embedding")]
+            lost, total = sum(len(r.removed) for r in makers), sum(r.size for r in makers)
+            lines.append(f"  {number}. channels: {lost} of {total} in {len(makers)} layers")
+        for label, name in (("parameters", "params"), ("MACs", "macs")):
+            old, new = getattr(self.before, name, None), getattr(self.after, name, None)
+            if old is not None and new is not None:
+                change = f" ({100 * (new - old) / old:+.1f} %)" if old else ""
+                lines.append(f"  {label}: {old:,} -> {new:,}{change}")
+        if self.skipped:
+            lines.append(f"  left alone: {len(self.skipped)}")
+            lines += [f"    {s.root} ({s.size}): {s.reason}" for s in self.skipped[:width]]
+            if len(self.skipped) > width:
+                lines.append(f"    ... and {len(self.skipped) - width} more")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def measure(model: nn.Module, example_inputs: Inputs) -> Cost:
+    """Parameters and multiply-accumulates of a model."""
+    return Cost(complexity.count_params(model), complexity.count_macs(model, example_inputs))
+
+
+def channel_step(chosen: Iterable[tuple[_groups.Group, Iterable[int]]]) -> ChannelStep:
+    """The removals that take the chosen units of each group out; channels of one side are joined."""
+    joined: dict[tuple[str, str, int], tuple[int, set[int]]] = {}
+    for group, units in chosen:
+        for member, indices in group.removals(units):
+            key = (member.layer, member.kind, member.dim)
+            joined.setdefault(key, (member.size, set()))[1].update(indices)
+    return ChannelStep(
+        tuple(
+            ChannelRemoval(layer, kind, size, tuple(sorted(removed)), dim)
+            for (layer, kind, dim), (size, removed) in joined.items()
+        )
+    )
+
+
+def target_count(name: str, value: float | int, full: int) -> int:
+    """A target as a count: a float up to 1.0 is a share of ``full``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise InvalidInputError(f"{name}: got {value!r}, wanted a share in (0, 1.0] (float) or a count (int)")
+    if isinstance(value, float) and value <= 1.0:
+        return math.floor(value * full)
+    return int(value)
+
+
+# --------------------------------------------------------------------------------- internals
+
+
+def _side_key(layer: str, kind: str, dim: int) -> tuple[str, str, int]:
+    # A depthwise convolution and a plain one share no side; every other kind stands for itself.
+    return layer, kind, dim
+
+
+def _check_block(model: nn.Module, block: BlockRemoval, gone: Sequence[str]) -> None:
+    try:
+        module = model.get_submodule(block.name)
+    except AttributeError:
+        raise PlanMismatchError(
+            f"{block.name}: the plan removes this block, the model has none of that name"
+        ) from None
+    if block.name in gone:
+        raise PlanMismatchError(f"{block.name}: the plan removes this block twice")
+    if type(module).__name__ != block.type:
+        raise PlanMismatchError(
+            f"{block.name}: the plan removes a {block.type} here, the model has a {type(module).__name__}"
+        )
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, child = name.rpartition(".")
+    model.get_submodule(owner)._modules[child] = module
+
+
+def _parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, key = name.rpartition(".")
+    model.get_submodule(owner)._parameters[key] = parameter
+
+
+def _carry_out(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
+    """Replay on a deep copy; ties, gradients wanted or not, and modes are those of ``model``."""
+    pruned = copy.deepcopy(model)
+    wanted = {name: p.requires_grad for name, p in pruned.named_parameters(remove_duplicate=False)}
+    ties = [names for names in _parameter_names(pruned).values() if len(names) > 1]
+    try:
+        for step in steps:
+            if isinstance(step, BlockStep):
+                for block in step.removals:
+                    identity = IdentityBlock(block.returns)
+                    identity.train(pruned.get_submodule(block.name).training)
+                    _set_submodule(pruned, block.name, identity)
+                continue
+            for removal in step.removals:
+                _groups.cut(pruned, removal.layer, removal.kind, removal.removed, removal.dim)
+    except IdapError:
+        raise
+    except Exception as error:
+        raise SurgeryError(f"the plan could not be carried out ({type(error).__name__}: {error})") from error
+    present = dict(pruned.named_parameters(remove_duplicate=False))
+    for names in ties:
+        names = [name for name in names if name in present]
+        for name in names[1:]:
+            first = present[names[0]]
+            if first is present[name]:
+                continue
+            if first.shape != present[name].shape or not _same_values(first, present[name]):
+                raise SurgeryError(
+                    f"{names[0]} and {name} are one parameter in the model, but the plan cuts them "
+                    f"differently ({tuple(first.shape)} and {tuple(present[name].shape)}); ignore one of them"
+                )
+            _set_parameter(pruned, name, first)
+    for name, parameter in pruned.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(wanted[name])
+        parameter.grad = None
+    return pruned
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return a.is_meta or torch.equal(a, b)
+
+
+def _masked(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
+    """A full-width copy in which the weights that read removed channels are zero."""
+    masked = copy.deepcopy(model)
+    left: dict[tuple[str, str, int], list[int]] = {}
+    with torch.no_grad():
+        for step in steps:
+            if isinstance(step, BlockStep):
+                for block in step.removals:
+                    _set_submodule(masked, block.name, IdentityBlock(block.returns))
+                continue
+            for removal in step.removals:
+                key = (removal.layer, removal.kind, removal.dim)
+                kept = left.setdefault(key, list(range(removal.size)))
+                dropped = set(removal.removed)
+                original = [kept[index] for index in removal.removed]
+                left[key] = [channel for index, channel in enumerate(kept) if index not in dropped]
+                if removal.kind in ("conv_in", "linear_in"):
+                    _zero_inputs(masked.get_submodule(removal.layer), original)
+    return masked.train(model.training)
+
+
+def _zero_inputs(module: nn.Module, channels: list[int]) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if getattr(module, "transposed", False):
+        weight[channels] = 0
+    elif getattr(module, "groups", 1) > 1:
+        width = weight.shape[1]
+        count = weight.shape[0] // int(module.groups)  # type: ignore[arg-type]
+        for channel in channels:
+            part = channel // width
+            weight[part * count : (part + 1) * count, channel % width] = 0
+    else:
+        weight[:, channels] = 0
+
+
+def _run(model: nn.Module, example_inputs: Inputs) -> Any:
+    with _inputs.evaluating(model), torch.no_grad():
+        return _inputs.call(model, _inputs.to_model(example_inputs, model))
+
+
+def _relative_difference(reference: nn.Module, other: nn.Module, example_inputs: Inputs) -> float:
+    worst = 0.0
+    theirs = _inputs.outputs_of(_run(other, example_inputs))
+    for (path, wanted), (_, got) in zip(
+        _inputs.outputs_of(_run(reference, example_inputs)), theirs, strict=True
+    ):
+        if wanted.shape != got.shape:
+            raise SurgeryError(f"output{path}: got shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}")
+        if wanted.is_floating_point() and wanted.numel():
+            wanted, got = wanted.double(), got.double()
+            error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
+            worst = max(worst, error) if error == error else float("nan")
+    return worst
+
+
+def check_forward(model: nn.Module, pruned: nn.Module, example_inputs: Inputs) -> None:
+    """Run both models in evaluation mode and compare structure, shapes, dtypes and finiteness of the outputs.
+
+    Raises:
+        SurgeryError: if the pruned model raises or gives something of another form.
+        NonFiniteError: if the original's own outputs are not finite.
+    """
+    wanted = _inputs.outputs_of(_run(model, example_inputs))
+    try:
+        got = _inputs.outputs_of(_run(pruned, example_inputs))
+    except Exception as error:
+        raise SurgeryError(
+            f"the pruned {type(model).__name__} raised {type(error).__name__} in its check: {error}; the "
+            "model is unchanged. A width may be written into its forward pass: name that layer in `ignore`"
+        ) from error
+    if [path for path, _ in wanted] != [path for path, _ in got]:
+        raise SurgeryError(
+            f"the pruned model returns {[p for p, _ in got]}, the original {[p for p, _ in wanted]}; "
+            "the model is unchanged"
+        )
+    for (path, old), (_, new) in zip(wanted, got, strict=True):
+        if old.shape != new.shape or old.dtype != new.dtype:
+            raise SurgeryError(
+                f"output{path}: got {tuple(new.shape)} {new.dtype} from the pruned model, wanted "
+                f"{tuple(old.shape)} {old.dtype}; the model is unchanged"
+            )
+        if not torch.isfinite(old).all():
+            raise NonFiniteError(
+                f"output{path}: the model itself gives non-finite values on the example inputs"
+            )
+        if not torch.isfinite(new).all():
+            raise SurgeryError(
+                f"output{path}: the pruned model gives non-finite values; the model is unchanged"
+            )
+
+
+def _cost_to_dict(cost: Cost | None) -> dict[str, int | None] | None:
+    return None if cost is None else {"params": cost.params, "macs": cost.macs}
+
+
+def _cost_from_dict(data: Mapping[str, Any] | None) -> Cost | None:
+    if data is None:
+        return None
+    return Cost(int(data["params"]), None if data["macs"] is None else int(data["macs"]))
+
+
+def _step_to_dict(step: Step) -> dict[str, Any]:
+    if isinstance(step, BlockStep):
+        return {
+            "kind": "blocks",
+            "removals": [{"name": r.name, "type": r.type, "returns": r.returns} for r in step.removals],
+        }
+    return {
+        "kind": "channels",
+        "removals": [
+            {"layer": r.layer, "kind": r.kind, "size": r.size, "dim": r.dim, "removed": _ranges(r.removed)}
+            for r in step.removals
+        ],
+    }
+
+
+def _step_from_dict(data: Mapping[str, Any]) -> Step:
+    if data["kind"] == "blocks":
+        return BlockStep(tuple(BlockRemoval(r["name"], r["type"], r["returns"]) for r in data["removals"]))
+    if data["kind"] != "channels":
+        raise ValueError(f"unknown kind of step {data['kind']!r}")
+    return ChannelStep(
+        tuple(
+            ChannelRemoval(r["layer"], r["kind"], int(r["size"]), _unranges(r["removed"]), int(r["dim"]))
+            for r in data["removals"]
+        )
+    )
+
+
+def _ranges(indices: Sequence[int]) -> list[int | list[int]]:
+    """Ascending numbers with runs written as [first, last]: flattened maps are long runs."""
+    out: list[int | list[int]] = []
+    for index in indices:
+        last = out[-1] if out else None
+        if isinstance(last, list) and last[1] == index - 1:
+            last[1] = index
+        elif isinstance(last, int) and last == index - 1:
+            out[-1] = [last, index]
+        else:
+            out.append(index)
+    return out
+
+
+def _unranges(items: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
+    out: list[int] = []
+    for item in items:
+        if isinstance(item, int):
+            out.append(item)
+        else:
+            first, last = item
+            if not 0 <= last - first < 1 << 32:
+                raise ValueError(f"not a range: {item!r}")
+            out.extend(range(first, last + 1))
+    return tuple(out)

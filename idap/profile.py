@@ -1,0 +1,418 @@
+"""One pass over data: hooks in, statistics out, no activation kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from idap_kernels import ChannelStats, PairStats, channel_stats, pair_stats
+from idap_kernels.dispatch import ACTIVATION_CODES, check_backend_name
+
+from . import inputs as _inputs
+from .errors import EmptyDataError, ForwardError, InvalidInputError, NonFiniteError
+from .inputs import Inputs
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that stores its weight as (in, out), as GPT-2's ``Conv1D``."""
+    weight = getattr(module, "weight", None)
+    nf = getattr(module, "nf", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(nf, int) and weight.shape[1] == nf
+
+
+def is_scored(module: nn.Module) -> bool:
+    """Whether a module is a layer whose filters or neurons are scored: convolutions and linear layers."""
+    return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_transposed_linear(module)
+
+
+@dataclass(eq=False)
+class ActivationProfile:
+    """What a pass over data left: one small buffer per layer, one row per sample and block.
+
+    Attributes:
+        layers: statistics of the outputs of each layer, by module name, in the order of their calls.
+            A layer that was never called is missing.
+        blocks: input and output of each removable block, compared sample by sample.
+        samples: samples seen.
+        batches: batches seen.
+    """
+
+    layers: dict[str, ChannelStats] = field(default_factory=dict)
+    blocks: dict[str, PairStats] = field(default_factory=dict)
+    samples: int = 0
+    batches: int = 0
+
+    def merge(self, other: ActivationProfile) -> ActivationProfile:
+        """The profile of both parts of the data, as a new object; equal to one pass over all of it.
+
+        Raises:
+            InvalidInputError: the profiles are of different layers or blocks.
+        """
+        if not isinstance(other, ActivationProfile):
+            raise InvalidInputError(f"merge needs an ActivationProfile, got {type(other).__name__}")
+        for what, mine, theirs in (
+            ("layers", self.layers.keys(), other.layers.keys()),
+            ("blocks", self.blocks.keys(), other.blocks.keys()),
+        ):
+            if mine != theirs:
+                raise InvalidInputError(
+                    f"the profiles have different {what}: only one has {sorted(mine ^ theirs)[:5]}"
+                )
+        return ActivationProfile(
+            {name: stats.merge(other.layers[name]) for name, stats in self.layers.items()},
+            {name: stats.merge(other.blocks[name]) for name, stats in self.blocks.items()},
+            self.samples + other.samples,
+            self.batches + other.batches,
+        )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> ActivationProfile:
+        """The profile of the data of all processes, the same bits on each.
+
+        Raises:
+            InvalidInputError: torch.distributed is not initialised.
+        """
+        import torch.distributed as dist
+
+        layers = {name: stats.all_reduce(group) for name, stats in self.layers.items()}
+        blocks = {name: stats.all_reduce(group) for name, stats in self.blocks.items()}
+        states = [stats.state for stats in layers.values()] + [stats.state for stats in blocks.values()]
+        device = states[0].device if states else None
+        counts = torch.tensor([self.samples, self.batches], device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts, group=group)
+        return ActivationProfile(layers, blocks, int(counts[0]), int(counts[1]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The profile as data: tensors, strings and numbers only."""
+        return {
+            "layers": {name: stats.state_dict() for name, stats in self.layers.items()},
+            "blocks": {name: stats.state_dict() for name, stats in self.blocks.items()},
+            "samples": self.samples,
+            "batches": self.batches,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> ActivationProfile:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            InvalidInputError: an entry is missing or malformed.
+        """
+        missing = {"layers", "blocks", "samples", "batches"} - state_dict.keys()
+        if missing:
+            raise InvalidInputError(f"the state dictionary lacks {', '.join(sorted(missing))}")
+        return cls(
+            {name: ChannelStats.from_state_dict(d) for name, d in state_dict["layers"].items()},
+            {name: PairStats.from_state_dict(d) for name, d in state_dict["blocks"].items()},
+            int(state_dict["samples"]),
+            int(state_dict["batches"]),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationProfile(layers={len(self.layers)}, blocks={len(self.blocks)}, "
+            f"samples={self.samples}, batches={self.batches})"
+        )
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: Sequence[str] | None = None,
+    blocks: Sequence[str] | None = None,
+    activation: str = "relu",
+    backend: str = "auto",
+    progress: bool = True,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> ActivationProfile:
+    """Run the model over batches, once each, and keep the statistics of its layers and blocks.
+
+    The model runs in evaluation mode without gradients. Its mode, its gradients and its hooks are left as
+    they were, also when something raises.
+
+    Args:
+        model: any module; batches are moved to its device.
+        batches: iterable of model inputs: a tensor, a tuple or list (positional arguments) or a mapping
+            (keyword arguments). For batches of another form, such as ``(images, labels)``, give ``forward``.
+        layers: names of the layers to measure; ``None`` for every convolution and linear layer, ``()`` for
+            none. A convolution gives ``(B, C, *)``, a linear layer ``(B, *, C)``: one sample per batch item,
+            every other dimension a position.
+        blocks: names of the blocks to measure; ``None`` for every removable block, found by running a copy
+            of the model on one sample of the first batch; ``()`` for none.
+        activation: the ``σ`` of the flow norm: ``relu``, ``identity``, ``gelu`` or ``silu``.
+        backend: passed to the kernels; see :func:`idap_kernels.available_backends`.
+        progress: show a progress bar on a terminal.
+        forward: called as ``forward(model, batch)`` in place of ``model(batch)``.
+
+    Raises:
+        InvalidInputError: an unknown layer or block, a wrong activation or backend, batches of no known form.
+        EmptyDataError: no batches, or one without samples.
+        NonFiniteError: activations became NaN or infinite; names the layer and the batch.
+        ForwardError: the model raised; names the batch, and has the model's own error as its cause.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    if activation not in ACTIVATION_CODES:
+        raise InvalidInputError(f"activation is {activation!r}; known are {', '.join(ACTIVATION_CODES)}")
+    check_backend_name(backend)
+    modules = dict(model.named_modules())
+    layer_names = (
+        [n for n, m in modules.items() if is_scored(m)] if layers is None else _known(layers, modules)
+    )
+    block_names = None if blocks is None else _known(blocks, modules)
+    iterator = iter(_iterable(batches))
+    try:
+        batch = next(iterator)
+    except StopIteration:
+        raise EmptyDataError("batches is empty: at least one batch is needed") from None
+    if block_names is None:
+        block_names = _discover_blocks(model, batch) if forward is None else []
+    recorder = _Recorder(activation, backend)
+    run = forward or _inputs.call
+    index = 0
+    with (
+        _inputs.evaluating(model),
+        torch.no_grad(),
+        recorder.attached(modules, layer_names, block_names),
+        _progress_bar(batches, progress) as advance,
+    ):
+        while True:
+            recorder.begin(_batch_size(batch, forward is not None, index))
+            try:
+                run(model, _inputs.to_model(batch, model))
+            except _Stop as stop:
+                raise stop.error from stop.error.__cause__
+            except Exception as error:
+                raise ForwardError(_forward_message(model, batch, index, error)) from error
+            recorder.end()
+            index += 1
+            advance()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
+    return recorder.result()
+
+
+def _known(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    if isinstance(names, str):
+        raise InvalidInputError(f"got the string {names!r} for a list of names: write [{names!r}]")
+    unknown = [n for n in names if n not in modules]
+    if unknown:
+        raise InvalidInputError(f"the model has no module named {', '.join(map(repr, unknown[:5]))}")
+    return list(names)
+
+
+def _iterable(batches: Any) -> Iterable[Any]:
+    if isinstance(batches, Tensor):
+        raise InvalidInputError("batches is one tensor; it must be an iterable of batches: pass [tensor]")
+    if isinstance(batches, Mapping):
+        raise InvalidInputError("batches is one mapping; it must be an iterable of batches: pass [mapping]")
+    if not isinstance(batches, Iterable):
+        raise InvalidInputError(f"batches is a {type(batches).__name__}; it must be an iterable of batches")
+    return batches
+
+
+def _batch_size(batch: Any, custom: bool, index: int) -> int:
+    if not custom:
+        return _inputs.batch_size_of(batch)
+    first = _inputs.first_tensor(batch)
+    if first is not None and first.dim() > 0 and first.shape[0] == 0:
+        raise EmptyDataError(f"batch {index} has no samples")
+    return 0 if first is None or first.dim() == 0 else int(first.shape[0])
+
+
+def _discover_blocks(model: nn.Module, batch: Any) -> list[str]:
+    from .layers import find_blocks
+
+    size = _inputs.batch_size_of(batch)
+    one = _inputs.map_tensors(batch, lambda t: t[:1] if t.dim() > 0 and t.shape[0] == size else t)
+    try:
+        return [block.name for block in find_blocks(model, one)]
+    except InvalidInputError:
+        raise
+    except Exception as error:
+        raise ForwardError(_forward_message(model, batch, 0, error)) from error
+
+
+def _forward_message(model: nn.Module, batch: Any, index: int, error: Exception) -> str:
+    message = f"{type(model).__name__} raised {type(error).__name__} on batch {index}: {error}"
+    if isinstance(batch, (tuple, list)) and isinstance(error, TypeError):
+        message += (
+            f". The batch is a {type(batch).__name__} of {len(batch)}, and its items were passed as positional "
+            "arguments; for batches such as (images, labels) give forward=lambda model, batch: model(batch[0])"
+        )
+    return message
+
+
+@contextmanager
+def _progress_bar(batches: Any, shown: bool) -> Iterator[Callable[[], None]]:
+    if not (shown and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    try:
+        total = len(batches)
+    except TypeError:
+        total = None
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("profile", total=total)
+        yield lambda: bar.advance(task)
+
+
+class _Stop(Exception):
+    """Carries an error of ours through the model's forward pass, so that it is not taken for the model's."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Recorder:
+    """The hooks and what they have gathered."""
+
+    def __init__(self, activation: str, backend: str):
+        self.activation = activation
+        self.backend = backend
+        self.layers: dict[str, ChannelStats] = {}
+        self.blocks: dict[str, list[PairStats]] = {}
+        self.samples = 0
+        self.batches = 0
+        self.batch_size = 0
+        # Inputs of the blocks that are running now; a block that writes into its input is given a copy.
+        self.pending: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        self.writes_input: set[str] = set()
+        self.finite: list[Tensor] = []
+
+    @contextmanager
+    def attached(
+        self, modules: Mapping[str, nn.Module], layers: Sequence[str], blocks: Sequence[str]
+    ) -> Iterator[None]:
+        handles = []
+        try:
+            for name in layers:
+                handles.append(modules[name].register_forward_hook(self.layer_hook(name, modules[name])))
+            for name in blocks:
+                before, after = self.block_hooks(name)
+                handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(modules[name].register_forward_hook(after, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.pending.clear()
+
+    def layer_hook(self, name: str, module: nn.Module) -> Callable[..., None]:
+        convolution = isinstance(module, CONVOLUTIONS)
+        weight = module.weight
+        rank = weight.dim() if convolution and isinstance(weight, Tensor) else 2
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            y = _inputs.first_tensor(output)
+            if y is None or y.numel() == 0:
+                return
+            if y.dim() < rank:
+                y = y[None]  # an unbatched call is one sample
+            sample_dim = 0
+            # Sequence first, (T, B, C): the batch is in the second place, and only there.
+            if not convolution and y.dim() == 3 and y.shape[0] != self.batch_size == y.shape[1]:
+                sample_dim = 1
+            try:
+                self.layers[name] = channel_stats(
+                    y,
+                    channel_dim=1 if convolution else -1,
+                    sample_dim=sample_dim,
+                    activation=self.activation,
+                    out=self.layers.get(name),
+                    backend=self.backend,
+                )
+            except Exception as error:
+                raise _Stop(error) from error
+
+        return hook
+
+    def block_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = _inputs.first_tensor((args, kwargs))
+            if x is not None:
+                # In the first batch every input is copied, to see which blocks write into theirs.
+                kept = x.clone() if self.batches == 0 or name in self.writes_input else x
+                self.pending.setdefault(name, []).append((kept, x, x._version))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            stack = self.pending.get(name)
+            y = _inputs.first_tensor(output)
+            if not stack or y is None:
+                return
+            kept, x, version = stack.pop()
+            if x._version != version:
+                self.writes_input.add(name)
+            if y.shape != kept.shape:
+                shapes = f"takes {tuple(kept.shape)} and gives {tuple(y.shape)}"
+                raise _Stop(InvalidInputError(f"block {name!r} {shapes}: there is no difference to measure"))
+            if kept.dim() == 3 and kept.shape[0] != self.batch_size == kept.shape[1]:
+                kept, y = kept.transpose(0, 1), y.transpose(0, 1)
+            try:
+                stats = pair_stats(kept, y.to(kept.dtype), backend=self.backend)
+            except Exception as error:
+                raise _Stop(error) from error
+            self.blocks.setdefault(name, []).append(stats)
+
+        return before, after
+
+    def end(self) -> None:
+        """Close a batch: count it, and note whether every statistic is still finite."""
+        self.samples += self.batch_size
+        self.batches += 1
+        self.pending.clear()
+        if not self.layers:
+            return
+        # Sums of |y| are infinite or NaN once a value was. On a GPU nothing waits for the answer.
+        sums = torch.cat([stats.state[4] for stats in self.layers.values()])
+        self.finite.append(sums.isfinite().all())
+        if sums.device.type == "cpu" and not self.finite[-1]:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        if not self.finite or bool(torch.stack(self.finite).all()):
+            return
+        batch = next(i for i, finite in enumerate(self.finite) if not finite)
+        name = next(n for n, stats in self.layers.items() if not stats.state[4].isfinite().all())
+        raise NonFiniteError(
+            f"the output of layer {name!r} became NaN or infinite in batch {batch}: look at the inputs and "
+            "weights; in float16, try bfloat16 or float32"
+        )
+
+    def result(self) -> ActivationProfile:
+        self.check_finite()
+        blocks = {
+            name: PairStats(torch.cat([part.state for part in parts], dim=1))
+            for name, parts in self.blocks.items()
+        }
+        return ActivationProfile(dict(self.layers), blocks, self.samples, self.batches)
+
+
+__all__ = ["ActivationProfile", "Inputs", "is_scored", "profile"]
