@@ -83,7 +83,7 @@ def bench_pair_stats(case: Case, device: str, seconds: float, compile_peer: bool
 
 def resnet50_weights(device: str) -> list[Tensor]:
     """Random weights of the shapes of ResNet-50's 53 convolutions and its classifier."""
-    shapes = [(64, 3, 7, 7)]
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):

@@ -1,0 +1,62 @@
+"""The same cases under pytest-benchmark, one group a case, for a look at a single one.
+
+pytest benchmarks --benchmark-enable -k "32x2048x7x7 and float32"
+
+The committed figures come from bench_kernels.py, which takes the functions of a case in turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bench_kernels import resnet50_weights
+from cases import Case, grid
+from peers import eager_channel_stats, eager_filter_norms, eager_pair_stats, released_expression
+
+from idap_kernels import channel_stats, filter_norms, pair_stats
+
+CHANNEL_STATS: dict[str, Callable[[torch.Tensor, int], Any]] = {
+    "idap": lambda x, dim: channel_stats(x, channel_dim=dim),
+    "eager": eager_channel_stats,
+    "released": released_expression,
+    "compile": torch.compile(eager_channel_stats, dynamic=False),
+}
+PAIR_STATS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "idap": pair_stats,
+    "eager": eager_pair_stats,
+    "compile": torch.compile(eager_pair_stats, dynamic=False),
+}
+FILTER_NORMS: dict[str, Callable[[list[torch.Tensor]], Any]] = {
+    "idap": filter_norms,
+    "eager": eager_filter_norms,
+    "compile": torch.compile(eager_filter_norms, dynamic=False),
+}
+
+
+@pytest.mark.parametrize("who", CHANNEL_STATS)
+@pytest.mark.parametrize("case", grid("cpu"), ids=lambda case: case.name)
+def test_channel_stats(benchmark: Any, case: Case, who: str) -> None:
+    benchmark.group = f"channel_stats {case.name}"
+    x = case.make()
+    torch._dynamo.reset()
+    benchmark.pedantic(CHANNEL_STATS[who], (x, case.channel_dim), rounds=20, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("who", PAIR_STATS)
+@pytest.mark.parametrize("case", grid("cpu"), ids=lambda case: case.name)
+def test_pair_stats(benchmark: Any, case: Case, who: str) -> None:
+    benchmark.group = f"pair_stats {case.name}"
+    x, y = case.make(seed=0), case.make(seed=1)
+    torch._dynamo.reset()
+    benchmark.pedantic(PAIR_STATS[who], (x, y), rounds=20, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("who", FILTER_NORMS)
+def test_filter_norms(benchmark: Any, who: str) -> None:
+    benchmark.group = "filter_norms resnet50"
+    weights = resnet50_weights("cpu")
+    torch._dynamo.reset()
+    benchmark.pedantic(FILTER_NORMS[who], (weights,), rounds=20, warmup_rounds=2)

@@ -1,0 +1,234 @@
+"""The compiled CUDA kernels: one launch a call, on the caller's stream, no host synchronisation."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build_info import extension_missing
+from ..dispatch import ACTIVATION_CODES, DTYPE_CODES
+from . import reference
+
+_native: Any
+try:
+    from .. import _cuda as _native  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _native = None
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+OLDEST_CAPABILITY = (7, 5)
+_INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
+_NO_DEVICE = 100  # cudaErrorNoDevice
+_NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+
+# Memory the kernels borrow, by (device, stream): launches on one stream follow each other, so they can
+# share. [scratch, any content; tickets, int32, zero between launches]
+_workspaces: dict[tuple[int, int], list[Tensor]] = {}
+_device_reasons: dict[int, str | None] = {}
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@cache
+def unavailable() -> str | None:
+    if _native is None:
+        return extension_missing("_cuda", _import_error)
+    count, (code, name, text) = _native.devices()
+    if code == _INSUFFICIENT_DRIVER:
+        driver = _native.driver_version()
+        if driver == 0:
+            return "no NVIDIA driver was found on this machine"
+        return (
+            f"the NVIDIA driver is too old: it supports CUDA {_version(driver)}, the kernels were built with "
+            f"CUDA {_version(_native.runtime_version())}. Update the driver, or build with an older toolkit "
+            "(CUDA_HOME)"
+        )
+    if code == _NO_DEVICE or (code == 0 and count == 0):
+        return "the driver shows no NVIDIA GPU (is CUDA_VISIBLE_DEVICES set?)"
+    if code != 0:
+        return f"the CUDA runtime cannot start: {name}: {text}"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} cannot use the GPU: install a CUDA build of torch"
+    reasons = [_device_unfit(i) for i in range(count)]
+    if all(reasons):
+        return "; ".join(f"GPU {i}: {reason}" for i, reason in enumerate(reasons))
+    return None
+
+
+def architectures() -> str:
+    """What the binary was compiled for, such as ``75;80;90;120+PTX``; the last also runs on newer GPUs."""
+    return str(_native.archs())
+
+
+def versions() -> dict[str, str]:
+    """CUDA versions: of the runtime linked in, and the newest that the driver supports."""
+    driver = _native.driver_version()
+    return {"runtime": _version(_native.runtime_version()), "driver": _version(driver) if driver else "none"}
+
+
+def _device_unfit(index: int) -> str | None:
+    """Why this GPU cannot run the kernels, as far as the driver can tell."""
+    name, major, minor, (code, error, text) = _native.device_info(index)
+    if code:
+        return f"the driver cannot describe it: {error}: {text}"
+    if (major, minor) < OLDEST_CAPABILITY:
+        return f"{name} is sm_{major}{minor}, older than sm_75"
+    return None
+
+
+def _device_broken(index: int) -> str | None:
+    """Why the kernels cannot be trusted on this GPU; its first call finds out, and it is remembered."""
+    if index in _device_reasons:
+        return _device_reasons[index]
+    if torch.cuda.is_current_stream_capturing():
+        return None  # loading modules and comparing results are not allowed now
+    reason = _device_unfit(index)
+    if reason is None:
+        code, error, text = _native.kernels_load(index)
+        if code == _NO_KERNEL_IMAGE:
+            name, major, minor, _ = _native.device_info(index)
+            reason = (
+                f"{name} is sm_{major}{minor}, the kernels were compiled for {architectures()}: build again "
+                f"with IDAP_CUDA_ARCHS={major}{minor}"
+            )
+        elif code:
+            reason = f"the kernels do not load: {error}: {text}"
+        else:
+            reason = _self_check(torch.device("cuda", index))
+    _device_reasons[index] = reason
+    return reason
+
+
+def refuses(x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"the tensor is on {x.device}, not on a CUDA GPU"
+    if x.dim() > 6:
+        return f"the tensor has {x.dim()} dimensions; the kernels take 6"
+    return _device_broken(x.device.index)
+
+
+def _launch(device: torch.device, call: Any, *args: Any) -> None:
+    """Run a native call with the workspace of the current stream, made larger when the call asks."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    # A graph may be replayed on any stream beside eager calls: what it uses must be its own. Allocated
+    # during the capture, the workspace belongs to the graph, and zeroing it is part of every replay.
+    shared = not torch.cuda.is_current_stream_capturing()
+    key = (device.index, stream)
+    workspace = _workspaces.get(key) if shared else None
+    for _ in range(2):
+        scratch, tickets = workspace or (None, None)
+        wanted = call(
+            *args,
+            scratch.data_ptr() if scratch is not None else 0,
+            scratch.numel() if scratch is not None else 0,
+            tickets.data_ptr() if tickets is not None else 0,
+            tickets.numel() if tickets is not None else 0,
+            device.index,
+            stream,
+        )
+        if wanted is None:
+            return
+        least = (1 << 20, 1 << 12) if shared else (1, 1)
+        have = (scratch.numel(), tickets.numel()) if scratch is not None and tickets is not None else (0, 0)
+        scratch_bytes, ticket_count = (max(n) for n in zip(least, have, wanted))
+        workspace = [
+            torch.empty(scratch_bytes, dtype=torch.uint8, device=device),
+            torch.zeros(ticket_count, dtype=torch.int32, device=device),
+        ]
+        if shared:
+            _workspaces[key] = workspace
+
+
+def channel_stats(
+    x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
+) -> None:
+    _launch(
+        x.device,
+        _native.channel_stats,
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        x.shape,
+        x.stride(),
+        channel_dim,
+        sample_dim,
+        ACTIVATION_CODES[activation],
+        accumulate,
+        state.data_ptr(),
+    )
+
+
+def pair_stats(x: Tensor, y: Tensor, row_dims: int, out: Tensor) -> None:
+    _launch(
+        x.device,
+        _native.pair_stats,
+        x.data_ptr(),
+        y.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        x.shape,
+        x.stride(),
+        y.stride(),
+        row_dims,
+        out.data_ptr(),
+    )
+
+
+def filter_norms(weights: list[Tensor], dim: int, out: Tensor) -> None:
+    table = []
+    address = out.data_ptr()
+    for w in weights:
+        table.append((w.data_ptr(), DTYPE_CODES[w.dtype], w.shape, w.stride(), dim % w.dim(), address))
+        address += 8 * w.shape[dim]
+    _native.filter_norms(table, out.device.index, torch.cuda.current_stream(out.device).cuda_stream)
+
+
+def _self_check(device: torch.device) -> str | None:
+    """Each shape of work once, against the reference on the same device: a wrong kernel must not serve."""
+
+    def wave(*shape: int) -> Tensor:  # no random numbers: the caller's generator stays as it is
+        n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device=device)
+        return ((n * 0.7).sin() * 3 + (n * 0.013).cos()).reshape(shape)
+
+    # (what, map, channel_dim): whole rows, pieces of rows, channels-last pieces, thread by thread
+    maps = [
+        ("7x7 maps", wave(3, 5, 7, 7), 1),
+        ("long rows", wave(2, 3, 48, 52), 1),
+        ("tokens", wave(3, 90, 12), 2),
+        ("vectors", wave(5, 13), 1),
+    ]
+    try:
+        with torch.no_grad(), torch.cuda.device(device):
+            for what, y, channel_dim in maps:
+                for dtype in (torch.float32, torch.bfloat16):
+                    x = y.to(dtype)
+                    got = wave(11, x.shape[channel_dim]).fill_(torch.nan)
+                    want = torch.empty_like(got)
+                    for accumulate in (False, True):
+                        channel_stats(x, channel_dim, 0, "relu", got, accumulate)
+                        reference.channel_stats(x, channel_dim, 0, "relu", want, accumulate)
+                    if not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
+                        return f"self-check failed: channel_stats of {what} in {dtype} is wrong on this GPU"
+            for rows, row_dims in (((3, 3000), 1), ((4, 5, 33), 2)):
+                x, y = wave(*rows).float(), wave(*rows).flip(0).float()
+                got = wave(4, x.flatten(0, row_dims - 1).shape[0]).fill_(torch.nan)
+                want = torch.empty_like(got)
+                pair_stats(x, y, row_dims, got)
+                reference.pair_stats(x, y, row_dims, want)
+                if not torch.allclose(got, want, rtol=1e-5, atol=1e-5):
+                    return "self-check failed: pair_stats is wrong on this GPU"
+            weights = [wave(7, 3, 3, 3).float(), wave(5, 11).half()]
+            norms = wave(12).fill_(torch.nan)
+            filter_norms(weights, 0, norms)
+            exact = torch.empty_like(norms)
+            reference.filter_norms(weights, 0, exact)
+            if not torch.allclose(norms, exact, rtol=1e-5, atol=0):
+                return "self-check failed: filter_norms is wrong on this GPU"
+    except (RuntimeError, ValueError) as error:
+        return f"self-check failed: {error}"
+    return None
