@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
@@ -52,15 +54,18 @@ ISA_FLAGS = {
 }
 
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "120"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-# One CUDA toolkit in parts, for machines without one: all of the same minor release.
-CUDA_PACKAGES = [
-    "nvidia-cuda-nvcc==13.0.*",
-    "nvidia-cuda-crt==13.0.*",
-    "nvidia-nvvm==13.0.*",
-    "nvidia-cuda-runtime==13.0.*",
-    "nvidia-cuda-cccl==13.0.*",
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-cudart",
+    "static",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+    "-Xptxas",
+    "-v",
 ]
+# Machine code of these is made from the intermediate code of another: a third of the time is saved.
+CUDA_BASE = {"86": "80", "89": "80"}
 
 
 class Unavailable(Exception):
@@ -71,14 +76,17 @@ def off(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in ("0", "off", "false", "no")
 
 
+def on(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in ("1", "on", "true", "yes")
+
+
 def own_nvcc() -> Path | None:
     """nvcc of the user's toolkit: CUDA_HOME first, then PATH."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        nvcc = Path(home) / "bin" / "nvcc"
-        return nvcc if nvcc.exists() else None
-    found = shutil.which("nvcc")
-    return Path(found).resolve() if found else None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = [nvcc for home in homes if (nvcc := Path(home) / "bin" / "nvcc").exists()]
+    if on_path := shutil.which("nvcc"):
+        found.append(Path(on_path).resolve())
+    return found[0] if found else None
 
 
 def pypi_nvcc() -> Path | None:
@@ -88,6 +96,28 @@ def pypi_nvcc() -> Path | None:
         if nvcc.exists():
             return nvcc
     return None
+
+
+def usable_nvcc() -> Path:
+    """nvcc to compile with.
+
+    Raises:
+        Unavailable: the CUDA kernels are not wanted, not for this system, or there is no nvcc.
+    """
+    if off("IDAP_CUDA"):
+        raise Unavailable("IDAP_CUDA=0 was set")
+    if not sys.platform.startswith("linux"):
+        raise Unavailable(f"the CUDA kernels are built on Linux only, this is {sys.platform}")
+    nvcc = own_nvcc() or pypi_nvcc()
+    if nvcc is None:
+        why = "pip fetches one on Linux x86-64 only"
+        if cuda_platform():
+            why = "none was fetched (no index that pip knows has NVIDIA's packages, or --no-build-isolation)"
+        raise Unavailable(
+            f"no nvcc here, and {why}: set CUDA_HOME to a CUDA toolkit, or put its nvcc on PATH, and install "
+            "idap again"
+        )
+    return nvcc
 
 
 def toolkit_root(nvcc: Path) -> Path:
@@ -100,13 +130,16 @@ def toolkit_root(nvcc: Path) -> Path:
     return nvcc.parent.parent
 
 
+def cudart_static(root: Path) -> Path | None:
+    """The static CUDA runtime of a toolkit, be it NVIDIA's installer, conda or PyPI that laid it out."""
+    names = [root / folder / "libcudart_static.a" for folder in ("lib64", "lib")]
+    names += sorted(root.glob("targets/*/lib/libcudart_static.a"))
+    return next((name for name in names if name.exists()), None)
+
+
 def cuda_platform() -> bool:
+    """Whether NVIDIA's packages on PyPI can compile for this machine."""
     return sys.platform.startswith("linux") and platform.machine().lower() in ("x86_64", "amd64")
-
-
-def build_requirements() -> list[str]:
-    wanted = cuda_platform() and not off("IDAP_CUDA") and not off("IDAP_NATIVE")
-    return CUDA_PACKAGES if wanted and own_nvcc() is None else []
 
 
 class BuildExtensions(build_ext):
@@ -132,7 +165,9 @@ class BuildExtensions(build_ext):
                 entry = self.build_cpu(ext) if name == "_cpu" else self.build_cuda(ext)
             except Exception as error:
                 reason = str(error) or type(error).__name__
-                if name == "_cuda" and os.environ.get("IDAP_CUDA", "") == "1":
+                if isinstance(error, CompileError):
+                    reason += "; 'pip install -v' shows what the compiler says"
+                if name == "_cuda" and on("IDAP_CUDA"):
                     raise SystemExit(
                         f"IDAP_CUDA=1, but the CUDA kernels cannot be built: {reason}"
                     ) from error
@@ -148,18 +183,7 @@ class BuildExtensions(build_ext):
 
     # ------------------------------------------------------------------ CPU
     def build_cpu(self, ext: Extension) -> dict[str, Any]:
-        if self.compiler.compiler_type == "msvc":
-            raise Unavailable("the kernels need GCC or Clang; MSVC has no vector extensions")
-        if not self.accepts([], "int main() { return 0; }"):
-            command = " ".join(self.compiler.compiler_so[:1])
-            raise Unavailable(
-                f"no working C++ compiler ({command}): install one (Debian: apt install g++; macOS: "
-                "xcode-select --install) and install idap again"
-            )
-        if not self.accepts(["-std=c++17"], "#include <Python.h>\nint main() { return 0; }"):
-            raise Unavailable(
-                "Python.h is missing (Debian: apt install python3-dev); install idap again after"
-            )
+        self.require_compiler()
         openmp = self.accepts(
             ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }"
         )
@@ -177,6 +201,20 @@ class BuildExtensions(build_ext):
         objects = self.compile_all(jobs)
         self.link(ext, objects, ["-fopenmp"] if openmp else [])
         return {"built": True, "isas": isas, "openmp": openmp, "compiler": self.compiler_version()}
+
+    def require_compiler(self) -> None:
+        if self.compiler.compiler_type == "msvc":
+            raise Unavailable("the kernels need GCC or Clang; MSVC has no vector extensions")
+        if not self.accepts(["-std=c++17"], "int main() { return 0; }"):
+            raise Unavailable(
+                f"no working C++17 compiler ({self.compiler_command()}): install one (Debian: apt install g++; "
+                "macOS: xcode-select --install), or name one in CXX, and install idap again"
+            )
+        if not self.accepts(["-std=c++17"], "#include <Python.h>\nint main() { return 0; }"):
+            raise Unavailable(
+                f"the compiler finds no Python.h in {sysconfig.get_path('include')} (Debian: apt install "
+                "python3-dev): install the headers, and idap again"
+            )
 
     def compile_all(self, jobs: list[tuple[str, list[str], str]]) -> list[str]:
         def compile_one(job: tuple[str, list[str], str]) -> list[str]:
@@ -214,63 +252,45 @@ class BuildExtensions(build_ext):
                 return False
         return True
 
+    def compiler_command(self) -> str:
+        return str(getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)[0])
+
     def compiler_version(self) -> str:
         try:
-            command = [*self.compiler.compiler_so[:1], "--version"]
-            return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
-        except (OSError, IndexError):
+            return run([self.compiler_command(), "--version"]).splitlines()[0]
+        except (Unavailable, IndexError):
             return "unknown"
 
     # ------------------------------------------------------------------ CUDA
     def build_cuda(self, ext: Extension) -> dict[str, Any]:
-        if off("IDAP_CUDA"):
-            raise Unavailable("IDAP_CUDA=0 was set")
-        if not sys.platform.startswith("linux"):
-            raise Unavailable(f"the CUDA kernels are built on Linux only, this is {sys.platform}")
-        nvcc = own_nvcc() or (pypi_nvcc() if cuda_platform() else None)
-        if nvcc is None:
-            raise Unavailable(
-                "no nvcc: set CUDA_HOME, or put nvcc on PATH, or build with network access so that pip "
-                "can fetch it, and install idap again"
-            )
+        nvcc = usable_nvcc()
+        self.require_compiler()
         root = toolkit_root(nvcc)
-        library = next(
-            (
-                p
-                for d in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")
-                if (p := root / d / "libcudart_static.a").exists()
-            ),
-            None,
-        )
+        library = cudart_static(root)
         if library is None:
             raise Unavailable(f"the toolkit at {root} has no libcudart_static.a: install its runtime package")
-        version = run([str(nvcc), "--version"]).strip().splitlines()[-2].strip()
-        archs = self.supported_archs(nvcc)
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        banner = run([str(nvcc), "--version"]).splitlines()
+        version = next((line.strip() for line in banner if "release" in line), "unknown")
+        archs = supported_archs(nvcc)
+        base = {a: CUDA_BASE.get(a, a) if CUDA_BASE.get(a, a) in archs else a for a in archs}
+        codes = [f"-gencode=arch=compute_{base[a]},code=sm_{a}" for a in archs]
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         named = ";".join([*archs, f"{archs[-1]}+PTX"])
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         sources = sorted((CSRC / "cuda").glob("*.cu"))
 
-        def compile_one(source: Path) -> str:
-            target = folder / f"{source.stem}.o"
-            run(
-                [
-                    str(nvcc),
-                    *NVCC_FLAGS,
-                    *codes,
-                    f"-I{root / 'include'}",
-                    "-c",
-                    str(source),
-                    "-o",
-                    str(target),
-                ]
-            )
-            return str(target)
+        flags = [*NVCC_FLAGS, *codes, f"-I{root / 'include'}"]
+        if "-compress-mode" in run([str(nvcc), "--help"]):
+            flags.append("-compress-mode=size")
+
+        def compile_one(source: Path) -> tuple[str, str]:
+            target = str(folder / f"{source.stem}.o")
+            return target, run([str(nvcc), *flags, "-c", str(source), "-o", target], with_errors=True)
 
         with ThreadPoolExecutor(jobs_at_once()) as pool:
-            objects = list(pool.map(compile_one, sources))
+            compiled = list(pool.map(compile_one, sources))
+        objects = [target for target, _ in compiled]
         objects += self.compiler.compile(
             [str(CSRC / "bindings_cuda.cpp")],
             output_dir=str(folder),
@@ -278,40 +298,46 @@ class BuildExtensions(build_ext):
             extra_postargs=["-std=c++17", "-O2", "-fvisibility=hidden", f'-DIDAP_CUDA_ARCHS="{named}"'],
         )
         self.link(ext, objects, [str(library), "-ldl", "-lrt", "-lpthread"])
-        return {"built": True, "archs": named, "nvcc": version}
-
-    def supported_archs(self, nvcc: Path) -> list[str]:
-        wanted = os.environ.get("IDAP_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
-        names = [a for a in wanted.split(";") if a] or CUDA_ARCHS
-        known = {
-            line.strip().removeprefix("compute_") for line in run([str(nvcc), "--list-gpu-arch"]).split()
-        }
-        archs = sorted((a for a in names if a in known), key=int)
-        if not archs:
-            raise Unavailable(f"this nvcc knows none of the architectures {', '.join(names)}")
-        if wanted and len(archs) < len(names):
-            raise Unavailable(
-                f"IDAP_CUDA_ARCHS={wanted}: this nvcc knows {', '.join(sorted(known, key=int))}"
-            )
-        return archs
+        resources = resource_report("".join(log for _, log in compiled))
+        return {"built": True, "archs": named, "nvcc": version, "resources": resources}
 
     # ------------------------------------------------------------------ record
+    @property
+    def in_place(self) -> bool:
+        return bool(self.inplace or getattr(self, "editable_mode", False))
+
     def remove_stale(self) -> None:
         """A library of an earlier build must not outlive the build that left it out."""
+        folders = [Path(self.build_lib), *([ROOT] if self.in_place else [])]
         for ext in self.extensions:
-            name = ext.name.rpartition(".")[2]
-            if not self.record.get(name, {}).get("built"):
-                with contextlib.suppress(FileNotFoundError):
-                    Path(self.get_ext_fullpath(ext.name)).unlink()
-                if self.inplace or getattr(self, "editable_mode", False):
-                    with contextlib.suppress(FileNotFoundError):
-                        (ROOT / self.get_ext_filename(ext.name)).unlink()
+            if not self.record[ext.name.rpartition(".")[2]]["built"]:
+                for folder in folders:
+                    (folder / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
     def write_record(self) -> None:
-        folder = ROOT if self.inplace or getattr(self, "editable_mode", False) else Path(self.build_lib)
+        folder = ROOT if self.in_place else Path(self.build_lib)
         path = folder / "idap_kernels" / "_build.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+
+def supported_archs(nvcc: Path) -> list[str]:
+    """Compute capabilities to compile for: those of IDAP_CUDA_ARCHS, or of the default what nvcc knows.
+
+    Raises:
+        Unavailable: nvcc does not know one that was asked for.
+    """
+    wanted = re.findall(r"[^;,\s]+", os.environ.get("IDAP_CUDA_ARCHS", "").replace(".", ""))
+    listed = run([str(nvcc), "--list-gpu-arch"]).split()
+    known = sorted({int(a) for line in listed if (a := line.removeprefix("compute_")).isdigit()})
+    unknown = [a for a in wanted if not a.isdigit() or int(a) not in known]
+    archs = [a for a in known if str(a) in (wanted or CUDA_ARCHS)]
+    if unknown or not archs:
+        raise Unavailable(
+            f"nvcc does not know {', '.join(unknown or CUDA_ARCHS)} (IDAP_CUDA_ARCHS), only "
+            + ", ".join(map(str, known))
+        )
+    return [str(a) for a in archs]
 
 
 def pybind_include() -> list[str]:
@@ -321,10 +347,29 @@ def pybind_include() -> list[str]:
 
 
 def jobs_at_once() -> int:
-    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    wanted = os.environ.get("MAX_JOBS", "")
+    return max(1, int(wanted)) if wanted.isdigit() else os.cpu_count() or 1
 
 
-def run(command: list[str]) -> str:
+def resource_report(log: str) -> dict[str, dict[str, int]]:
+    """What ``-Xptxas -v`` says, by architecture: kernels, most registers, bytes of stack and of spills."""
+    report: dict[str, dict[str, int]] = {}
+    entry: dict[str, int] = {}
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '\w+' for 'sm_(\w+)'", line):
+            entry = report.setdefault(found[1], {"kernels": 0, "registers": 0, "stack": 0, "spills": 0})
+            entry["kernels"] += 1
+        elif found := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line
+        ):
+            entry["stack"] += int(found[1])
+            entry["spills"] += int(found[2]) + int(found[3])
+        elif found := re.search(r"Used (\d+) registers", line):
+            entry["registers"] = max(entry["registers"], int(found[1]))
+    return report
+
+
+def run(command: list[str], with_errors: bool = False) -> str:
     """Output of a command; :class:`Unavailable` with its last error lines if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -333,7 +378,7 @@ def run(command: list[str]) -> str:
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise Unavailable(f"{Path(command[0]).name} failed: " + " | ".join(lines[-3:])[:500])
-    return done.stdout
+    return done.stdout + done.stderr if with_errors else done.stdout
 
 
 @contextlib.contextmanager
@@ -356,12 +401,12 @@ def silenced() -> Iterator[None]:
             os.close(saved[1])
 
 
-setup(
-    ext_modules=[
-        Extension("idap_kernels._cpu", sources=[], optional=True),
-        Extension("idap_kernels._cuda", sources=[], optional=True),
-    ],
-    cmdclass={"build_ext": BuildExtensions},
-    setup_requires=build_requirements(),
-    zip_safe=False,
-)
+if __name__ == "__main__":  # also when a build backend runs this file
+    setup(
+        ext_modules=[
+            Extension("idap_kernels._cpu", sources=[], optional=True),
+            Extension("idap_kernels._cuda", sources=[], optional=True),
+        ],
+        cmdclass={"build_ext": BuildExtensions},
+        zip_safe=False,
+    )

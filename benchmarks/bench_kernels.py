@@ -59,6 +59,11 @@ def bench_channel_stats(case: Case, device: str, seconds: float, compile_peer: b
         torch._dynamo.reset()
         compiled = torch.compile(eager_channel_stats, dynamic=False)
         functions["compile"] = lambda: compiled(x, dim)
+    for name in ("eager", "compile"):
+        if name in functions:
+            got = functions[name]()
+            assert isinstance(got, Tensor)
+            check_close(got, wanted, scale, f"the {name} peer on {case.name}", 1e-3)
     ceiling = read_ceiling(x)
     if ceiling is not None:
         functions["ceiling"] = ceiling

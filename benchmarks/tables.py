@@ -74,7 +74,10 @@ def profile(name: str) -> str:
         "profile_with_blocks": "with convolutions and removable blocks profiled",
         "eager_hooks": "with the same statistics from eager hooks",
     }
-    lines = ["| ResNet-50, batch " + str(result["batch"]) + " | time | over the forward pass |", "|---|--:|--:|"]
+    lines = [
+        "| ResNet-50, batch " + str(result["batch"]) + " | time | over the forward pass |",
+        "|---|--:|--:|",
+    ]
     for key, label in rows.items():
         extra = result["overhead"].get(key)
         lines.append(
@@ -111,7 +114,10 @@ def latency(name: str) -> str:
 
 def quickstart(name: str) -> str:
     result = load(name)
-    lines = ["| stage | parameters | MACs | test accuracy | batch-1 latency | speed-up |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| stage | parameters | MACs | test accuracy | batch-1 latency | speed-up |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for row in result["stages"]:
         t = row["latency"]
         lines.append(
@@ -121,16 +127,22 @@ def quickstart(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quickstart-cpu": quickstart, "kernels-cpu": kernels, "profile-cpu": profile, "latency-cpu": latency}
+TABLES = {
+    "quickstart-cpu": quickstart,
+    "kernels-cpu": kernels,
+    "profile-cpu": profile,
+    "latency-cpu": latency,
+}
 
 
 def filled(text: str) -> str:
     """The text with every table between its markers made anew."""
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
-        if not pattern.search(text):
+        found = pattern.search(text)
+        if not found:
             raise SystemExit(f"README.md has no marker <!-- table:{name} -->")
-        text = pattern.sub(lambda m, body=make(name): f"{m[1]}{body}\n{m[2]}", text)  # type: ignore[misc]
+        text = f"{text[: found.end(1)]}{make(name)}\n{text[found.start(2) :]}"
     return text
 
 

@@ -8,6 +8,10 @@
 #include <string>
 #include <vector>
 
+#ifdef IDAP_X86
+#include <cpuid.h>
+#endif
+
 #include "common/view.h"
 #include "cpu/kernels.h"
 
@@ -19,7 +23,10 @@ namespace {
 // Scratch memory is kept by each thread: a fresh allocation costs page faults at every call.
 double* scratch(size_t n) {
   static thread_local std::vector<double> buffer;
-  if (buffer.size() < n) buffer.resize(n);
+  if (buffer.size() < n) {
+    buffer.clear();  // growing copies no old content
+    buffer.resize(n);
+  }
   return buffer.data();
 }
 
@@ -29,7 +36,9 @@ const Kernels* choose() {
 #ifdef IDAP_X86
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avx512" && !avx512)
     throw std::runtime_error("IDAP_ISA=avx512, but this processor does not have it");
   if (isa == "avx2" && !avx2)
@@ -63,6 +72,7 @@ View view_of(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple&
   const int n = read_ints(sizes, size);
   if (read_ints(strides, stride) != n) throw py::value_error("sizes and strides differ in length");
   if (dtype < 0 || dtype > 3) throw py::value_error("unknown dtype code");
+  if (data == 0) throw py::value_error("the tensor has no memory");
   View v;
   if (!make_view(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), n, size, stride,
                  channel_dim, sample_dim, &v))
@@ -85,6 +95,7 @@ void channel_stats(uintptr_t data, int dtype, const py::tuple& sizes, const py::
 void pair_stats(uintptr_t x, uintptr_t y, int dtype, const py::tuple& sizes,
                 const py::tuple& x_strides, const py::tuple& y_strides, int row_dims, uintptr_t out,
                 int threads) {
+  if (x == 0 || y == 0) throw py::value_error("the tensor has no memory");
   PairView v;
   v.x = reinterpret_cast<const void*>(x);
   v.y = reinterpret_cast<const void*>(y);

@@ -8,6 +8,7 @@ place.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from . import complexity
 from .errors import ArtifactError, IdapError, InvalidInputError, PlanMismatchError
-from .plan import PruningPlan
+from .groups import side_size
+from .plan import BlockRemoval, IdentityBlock, PruningPlan
 
 FORMAT = "idap-artifact"
 FORMAT_VERSION = 1
@@ -53,21 +55,43 @@ def save(
 
     Raises:
         InvalidInputError: if model, plan or directory are missing, or ``extra`` is no JSON data.
-        ArtifactError: if the directory holds something else, or the model has state that is no tensor.
+        PlanMismatchError: if the model is not what the plan makes, such as the unpruned original; names the
+            first layer that differs.
+        ArtifactError: if the directory holds something else or cannot be written, or the model has state that
+            is no tensor.
     """
     if isinstance(result, nn.Module):
         model = result
     elif result is not None:
         model = getattr(result, "model", model)
         plan = plan if plan is not None else getattr(result, "plan", None)
-    if not isinstance(model, nn.Module) or not isinstance(plan, PruningPlan) or directory is None:
+    if (
+        not isinstance(model, nn.Module)
+        or not isinstance(plan, PruningPlan)
+        or not isinstance(directory, (str, os.PathLike))
+    ):
         raise InvalidInputError(
-            f"save: got model {type(model).__name__}, plan {type(plan).__name__}, directory {directory!r}; "
-            "wanted a result with .model and .plan and a directory, or model=, plan= and directory="
+            f"save: got model {type(model).__name__}, plan {type(plan).__name__}, directory "
+            f"{type(directory).__name__}; wanted a result with .model and .plan and then a directory, or "
+            "model=, plan= and directory="
         )
+    if extra is not None and not isinstance(extra, Mapping):
+        raise InvalidInputError(f"extra: got {type(extra).__name__}, wanted a mapping of plain JSON data")
+    _check_result(model, plan)
     target = Path(directory)
+    try:
+        return _write(target, model, plan, extra or {})
+    except ArtifactError:
+        raise
+    except OSError as error:
+        raise ArtifactError(
+            f"{target}: cannot be written ({error.strerror or error}); choose another directory"
+        ) from error
+
+
+def _write(target: Path, model: nn.Module, plan: PruningPlan, extra: Mapping[str, Any]) -> Path:
     _refuse_foreign(target)
-    tensors, aliases = _collect(model)
+    tensors, aliases, strides = _collect(model)
     description = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -77,10 +101,11 @@ def save(
             name: {"shape": list(t.shape), "dtype": _dtype_name(t.dtype)} for name, t in tensors.items()
         },
         "aliases": aliases,
+        "strides": strides,
         "frozen": [n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
         "evaluating": [name for name, module in model.named_modules() if not module.training],
         "versions": _versions(),
-        "extra": dict(extra or {}),
+        "extra": dict(extra),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -114,19 +139,25 @@ def load(
 ) -> nn.Module:
     """Rebuild a saved model: the factory's original, pruned by the stored plan, with the stored tensors.
 
-    Tied parameters, ``requires_grad``, training mode, dtypes and buffers come back as they were saved.
+    Tied parameters, ``requires_grad``, training mode, dtypes, memory formats and buffers come back as they
+    were saved.
 
     Args:
-        model_factory: gives the original, unpruned module; its weights do not matter.
+        model_factory: called without arguments, gives the original, unpruned module; its weights do not
+            matter.
         device: where the tensors go.
         strict: refuse if names differ; with False, tensors without a place are left out and the factory's own
             values stay where none was stored. Shapes must agree in any case.
 
     Raises:
+        InvalidInputError: if the factory is no function without arguments or gives no module, or the device is
+            not there.
         ArtifactError: if files are missing, damaged, of another format, or the directory is no artifact.
         PlanMismatchError: if the factory gives another model; names the first difference.
     """
-    source = Path(directory)
+    _check_factory(model_factory)
+    _check_device(device)
+    source = _as_path(directory)
     description = _read_description(source)
     try:
         plan = PruningPlan.load(source / PLAN)
@@ -140,7 +171,7 @@ def load(
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(str(source / WEIGHTS), device=str(device))
+        tensors = load_file(str(source / WEIGHTS))
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{source / WEIGHTS}: {error}") from error
     original = model_factory()
@@ -151,6 +182,10 @@ def load(
             f"model_factory gives a {type(original).__name__}, the artifact was saved from a {plan.model}"
         )
     model = plan.apply(original)
+    # Every tensor moves to memory of its own: in the file they lie at any offset, and kernels round in another
+    # order where the data is not aligned.
+    strides = description.get("strides", {})
+    tensors = {name: _settle(name, t, strides.get(name), device, source) for name, t in tensors.items()}
     _fill(model, tensors, description["aliases"], device, strict)
     frozen, evaluating = set(description["frozen"]), set(description["evaluating"])
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -168,10 +203,80 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ArtifactError: if the directory is no artifact.
     """
-    return _read_description(Path(directory))
+    return _read_description(_as_path(directory))
 
 
 # --------------------------------------------------------------------------------- internals
+
+
+def _as_path(directory: Any) -> Path:
+    if not isinstance(directory, (str, os.PathLike)):
+        raise InvalidInputError(f"directory: got {type(directory).__name__}, wanted a path")
+    return Path(directory)
+
+
+def _check_factory(factory: Any) -> None:
+    wanted = "wanted a function without arguments that gives the original model, such as lambda: Net(10)"
+    if isinstance(factory, nn.Module) or not callable(factory):
+        kind = "a model" if isinstance(factory, nn.Module) else type(factory).__name__
+        raise InvalidInputError(f"model_factory: got {kind}, {wanted}")
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise InvalidInputError(f"model_factory: {error}; {wanted}") from error
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"device: got {device!r}, wanted one that this machine and this torch have, such as 'cpu' "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from error
+
+
+def _check_result(model: nn.Module, plan: PruningPlan) -> None:
+    """Refuse a model whose layers are not as wide as the plan leaves them, before it is on disk."""
+    left: dict[tuple[str, str, int], int] = {}
+    gone: dict[str, str] = {}
+    for step in plan.steps:
+        for removal in step.removals:
+            if isinstance(removal, BlockRemoval):
+                gone[removal.name] = removal.type
+            else:
+                left[removal.layer, removal.kind, removal.dim] = removal.size - len(removal.removed)
+    advice = "save what plan.apply gave, with the plan it came from"
+    modules = dict(model.named_modules())
+    for name, kind in gone.items():
+        if not isinstance(modules.get(name), IdentityBlock):
+            raise PlanMismatchError(f"{name}: the plan removes this {kind}, the model still has it; {advice}")
+    for (layer, side, dim), wanted in left.items():
+        if any(layer.startswith(name + ".") or layer == name for name in gone):
+            continue
+        actual = side_size(model, layer, side, dim)
+        if actual != wanted:
+            raise PlanMismatchError(
+                f"{layer}: the plan leaves {wanted} channels ({side}), the model has {actual}; {advice}"
+            )
+
+
+def _settle(name: str, tensor: Tensor, strides: Any, device: Any, source: Path) -> Tensor:
+    """A copy in fresh memory, in the memory format that the saved model had."""
+    if strides is None:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+    try:
+        meta = torch.empty_strided(tensor.shape, strides, device="meta")
+        dense = torch.empty_like(meta).stride() == meta.stride()
+    except (RuntimeError, TypeError):
+        dense = False
+    if not dense:
+        raise ArtifactError(f"{source / METADATA}: damaged, the strides of {name!r} are {strides!r}")
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -181,12 +286,14 @@ def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[int]]]:
+    """Tensors by name, other names of the same ones, and strides where they are not the usual ones."""
     strange = [name for name in model.state_dict() if name.rpartition(".")[2] == "_extra_state"]
     if strange:
         raise ArtifactError(f"{strange[0]}: state that is no tensor cannot be stored without pickling")
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    strides: dict[str, list[int]] = {}
     first: dict[int, str] = {}
     for name, tensor in _all_tensors(model).items():
         if id(tensor) in first:
@@ -194,8 +301,12 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         first[id(tensor)] = name
         # Copied, since safetensors refuses tensors that overlap in memory, such as slices of one buffer.
-        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return tensors, aliases
+        copied = tensor.detach().to("cpu", copy=True)
+        tensors[name] = copied.contiguous()
+        # Not only of tensors that are not contiguous: a 1x1 filter is both, and convolutions look at the strides.
+        if copied.stride() != torch.empty(copied.shape, device="meta").stride():
+            strides[name] = list(copied.stride())
+    return tensors, aliases, strides
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor, parameter: nn.Parameter | None) -> None:
@@ -331,6 +442,8 @@ def _read_description(source: Path) -> dict[str, Any]:
             "a newer version of idap wrote it"
         )
     wanted = {"tensors": dict, "aliases": dict, "frozen": list, "evaluating": list, "sha256": str}
+    if "strides" in data:  # absent where an earlier version wrote it
+        wanted["strides"] = dict
     for key, kind in wanted.items():
         if not isinstance(data.get(key), kind):
             raise ArtifactError(f"{source / METADATA}: damaged, {key!r} is missing or no {kind.__name__}")

@@ -99,4 +99,7 @@ def _version() -> str:
     try:
         return version("idap")
     except PackageNotFoundError:
-        return "(not installed)"
+        # A tree that is not installed has no metadata.
+        from idap_kernels.version import __version__
+
+        return __version__

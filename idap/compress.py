@@ -28,6 +28,14 @@ _NAMES = {"macs": "MACs", "params": "parameters"}
 _TARGET_REACHED = "target reached"
 _SHARE_DONE = "its share of the way to the target is done"
 
+_SIGNATURES = {
+    "finetune": " of the model, such as lambda model: idap.finetune(model, batches, epochs=2), or None",
+    "final_finetune": " of the model, such as lambda model: idap.finetune(model, batches, epochs=2), or None",
+    "criterion": " of model and profile, such as idap.flow_divergence",
+    "on_stage": " of the stage's name and the model, or None",
+    "progress": " of a StepRecord, True or False",
+}
+
 Criterion = Callable[[nn.Module, ActivationProfile], dict[str, Tensor]]
 Finetune = Callable[[nn.Module], Any]
 
@@ -171,6 +179,16 @@ def compress(
             f"got model of type {type(model).__name__} and evaluate of type {type(evaluate).__name__}, "
             "wanted a torch.nn.Module and a function"
         )
+    for name, function in (
+        ("finetune", finetune),
+        ("final_finetune", final_finetune),
+        ("criterion", criterion),
+        ("on_stage", on_stage),
+        ("progress", progress),
+    ):
+        optional = function is None or (name == "progress" and isinstance(function, bool))
+        if not callable(function) and not (optional and name != "criterion"):
+            raise InvalidInputError(f"{name}: got {function!r}, wanted a function{_SIGNATURES.get(name, '')}")
     _check_settings(budget, steps, initial_ratio, alpha, halvings, stages, first_share, max_blocks)
     first = _first_batch(batches)
     device = device_of(model)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from idap_kernels import filter_norms
 
+from . import inputs as _inputs
 from .errors import InvalidInputError
 from .profile import ActivationProfile, is_scored, is_transposed_linear
 
@@ -42,6 +44,7 @@ def layer_divergence(model: nn.Module, profile: ActivationProfile) -> dict[str, 
     Raises:
         InvalidInputError: the profile does not fit the model.
     """
+    _check(profile)
     modules = dict(model.named_modules())
     for name in profile.blocks:
         if name not in modules:
@@ -86,8 +89,16 @@ def positive_fraction(model: nn.Module, profile: ActivationProfile) -> dict[str,
     return {name: stats.positive_fraction for name, stats in profile.layers.items()}
 
 
+def _check(profile: ActivationProfile) -> None:
+    if not isinstance(profile, ActivationProfile):
+        raise InvalidInputError(
+            f"profile is a {type(profile).__name__}; pass what idap.profile(model, batches) returned"
+        )
+
+
 def _weights(model: nn.Module, profile: ActivationProfile) -> tuple[list[str], list[Tensor]]:
     """The profiled layers and their weights with one filter per row of the first dimension."""
+    _check(profile)
     modules = dict(model.named_modules())
     weights = []
     for name, stats in profile.layers.items():
@@ -97,7 +108,11 @@ def _weights(model: nn.Module, profile: ActivationProfile) -> tuple[list[str], l
             raise InvalidInputError(
                 f"the profile has a layer {name!r}, which in this model is {what}: profile the model again"
             )
-        weight = _filters_first(module)
+        with (
+            _inputs.evaluating(module),
+            torch.no_grad(),
+        ):  # a parametrisation may change its state in training
+            weight = _filters_first(module)
         if weight.shape[0] != stats.channels:
             raise InvalidInputError(
                 f"layer {name!r} has {weight.shape[0]} filters, the profile {stats.channels}: profile it again"

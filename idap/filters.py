@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,14 @@ from torch.nn.modules.conv import _ConvNd
 from . import complexity
 from . import inputs as _inputs
 from . import plan as _plan
-from .errors import IdapError, InvalidInputError, NonFiniteError, SurgeryError, TargetUnreachableError
+from .errors import (
+    IdapError,
+    InvalidInputError,
+    NonFiniteError,
+    PlanMismatchError,
+    SurgeryError,
+    TargetUnreachableError,
+)
 from .groups import Group, Ignore, Member, Skipped, find_groups
 from .inputs import Inputs
 from .plan import Cost, PruningPlan
@@ -37,16 +45,27 @@ def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, Fl
     """Scores as float64 arrays, one number an output channel of each layer.
 
     Raises:
-        InvalidInputError: if a name is no layer of the model, or a score has the wrong length.
+        InvalidInputError: if the scores are no mapping, a name is no layer of the model, or a score is no
+            tensor of numbers or has the wrong length.
         NonFiniteError: if a score is NaN or infinite; names the layer and the channel.
     """
+    if not isinstance(scores, Mapping):
+        raise InvalidInputError(
+            f"scores: got {type(scores).__name__}, wanted a mapping from layer names to tensors (output "
+            "channels,); pass flow_divergence(model, profile), or another criterion of idap.criteria"
+        )
     checked: dict[str, Floats] = {}
     modules = dict(model.named_modules())
     for name, score in scores.items():
         module = modules.get(name)
         if module is None:
             raise InvalidInputError(f"scores: {name!r} is no layer of {type(model).__name__}")
-        values = torch.as_tensor(score).detach().to("cpu", torch.float64).numpy()
+        try:
+            values = torch.as_tensor(score).detach().to("cpu", torch.float64).numpy()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(
+                f"scores[{name!r}]: got {type(score).__name__}, wanted a tensor with a number a channel"
+            ) from error
         width = next(
             (
                 getattr(module, key)
@@ -128,6 +147,7 @@ def rank_units(
     *,
     scope: str = "global",
     normalize: str | None = "mean",
+    orders: Sequence[NDArray[np.int64]] | None = None,
 ) -> Ranking:
     """Order all units that may go, lowest score first.
 
@@ -140,14 +160,17 @@ def rank_units(
             completes, so that every prefix takes about the same share of every group.
         normalize: for ``"global"``: ``"mean"`` divides by the mean absolute score of the group, None does
             nothing.
+        orders: for each group its units in ascending order of score; those that are not in it never go. All
+            units if not given.
     """
+    if orders is None:
+        orders = [np.argsort(values, kind="stable") for values in scores]
     keys: list[Floats] = []
     group_of: list[NDArray[np.int64]] = []
     unit_of: list[NDArray[np.int64]] = []
-    for number, (values, most) in enumerate(zip(scores, capacity, strict=True)):
-        order = np.argsort(values, kind="stable")
+    for number, (values, most, order) in enumerate(zip(scores, capacity, orders, strict=True)):
         if scope == "local":
-            key = (np.arange(len(order)) + 0.5) / max(len(order), 1)
+            key = (np.arange(len(order)) + 0.5) / max(len(values), 1)
         else:
             scale = float(np.mean(np.abs(values))) if normalize == "mean" and len(values) else 1.0
             key = values[order] / scale if scale > 0 else values[order]
@@ -158,8 +181,37 @@ def rank_units(
     groups = np.concatenate(group_of) if group_of else empty
     units = np.concatenate(unit_of) if unit_of else empty
     # Stable: within a group the order of removal stays, also among equal keys.
-    order = np.argsort(np.concatenate(keys), kind="stable") if keys else empty
-    return Ranking(groups[order], units[order])
+    ranks = np.argsort(np.concatenate(keys), kind="stable") if keys else empty
+    return Ranking(groups[ranks], units[ranks])
+
+
+def removal_order(group: Group, scores: Floats, max_ratio: float) -> NDArray[np.int64]:
+    """The units that may go one after another, lowest score first.
+
+    After a channel shuffle or a split, a layer holds channels of some units only. A unit that would leave such
+    a layer with less than one channel, or less than the share ``1 - max_ratio`` of those it has in the group,
+    is passed over, and the next one considered.
+
+    Args:
+        scores: (group.size,), as :func:`group_scores` gives them.
+
+    Returns:
+        At most ``group.size`` numbers of units; every prefix leaves every layer with channels.
+    """
+    order: NDArray[np.int64] = np.argsort(scores, kind="stable")
+    held = np.array([[len(unit) for unit in member.units] for member in group.members], dtype=np.int64)
+    # Those that hold a channel of every unit, all alike, are bounded by the number of units alone.
+    held = held[(held != held[:, :1]).any(axis=1)]
+    if not len(held):
+        return order
+    total = held.sum(axis=1)
+    spare = total - np.maximum(1, np.ceil(total * (1.0 - max_ratio) - 1e-9)).astype(np.int64)
+    going: list[int] = []
+    for unit in order.tolist():
+        if (held[:, unit] <= spare).all():
+            spare -= held[:, unit]
+            going.append(unit)
+    return np.array(going, dtype=np.int64)
 
 
 def allowed_removals(size: int, step: int, most: float) -> NDArray[np.int64]:
@@ -347,7 +399,8 @@ def prune_filters(
         params: parameters to reach, likewise.
         round_to: what is left of each group is a multiple of this many channels, and at least that many. A
             group whose width is no multiple keeps it or falls to a multiple; one that cannot shrink is
-            skipped.
+            skipped. A layer that reads only part of a group (after a channel shuffle or a split) keeps at
+            least one channel, but not always a multiple.
         ignore: layers whose output channels stay: names or patterns, module classes, modules.
         scope: ``"global"``: one ranking over all groups. ``"local"``: about the same share of every group.
         normalize: for the global ranking: ``"mean"`` divides the scores of a group by their mean, since
@@ -355,14 +408,15 @@ def prune_filters(
             raw numbers would empty whole layers first; None compares them as they are.
         reduction: over the channels of a unit and over the members of a group: ``"mean"``, ``"sum"``,
             ``"max"``.
-        max_ratio: the largest share of any one group to remove.
+        max_ratio: the largest share of any one group to remove, also of the part of it that a layer reads.
         exact: leave groups alone whose removal is not exact; see :func:`idap.groups.find_groups`.
         verify: compare the pruned model with the original whose removed contributions are set to zero
             (``exact``), and leave out groups that fail. Without, only the form of the outputs is checked.
         time_limit: seconds for finding the groups.
 
     Raises:
-        InvalidInputError: for arguments out of range, unknown layer names, scores of the wrong length.
+        InvalidInputError: for arguments out of range, unknown layer names, scores of the wrong length, scores
+            for none of the layers that can be pruned.
         NonFiniteError: for NaN or infinite scores; names the layer.
         TargetUnreachableError: if the target cannot be met; says how far the removal could go.
         GraphTimeoutError, GraphError: if the groups cannot be found.
@@ -373,14 +427,17 @@ def prune_filters(
     ]
     if len(given) != 1:
         raise InvalidInputError(f"got {given or 'no target'}, wanted exactly one of ratio, macs and params")
-    if ratio is not None and not 0.0 <= ratio < 1.0:
-        raise InvalidInputError(f"ratio: got {ratio!r}, wanted a share in [0, 1)")
+    if ratio is not None and not (_is_number(ratio) and 0.0 <= ratio < 1.0):
+        raise InvalidInputError(f"ratio: got {ratio!r}, wanted a share in [0, 1), a plain number")
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise InvalidInputError(
             f"round_to: got {round_to!r}, wanted a positive whole number (1: no rounding)"
         )
-    if not 0.0 < max_ratio <= 1.0:
-        raise InvalidInputError(f"max_ratio: got {max_ratio!r}, wanted a share in (0, 1]")
+    if not (_is_number(max_ratio) and 0.0 < max_ratio <= 1.0):
+        raise InvalidInputError(f"max_ratio: got {max_ratio!r}, wanted a share in (0, 1], a plain number")
+    for name, target in (("macs", macs), ("params", params)):
+        if target is not None:
+            _plan.target_count(name, target, 1)
     for name, value, known in (
         ("scope", scope, ("global", "local")),
         ("normalize", normalize, ("mean", None)),
@@ -393,15 +450,21 @@ def prune_filters(
     skipped = list(scan.skipped)
     groups: list[Group] = []
     values: list[Floats] = []
+    orders: list[NDArray[np.int64]] = []
     allowed: list[NDArray[np.int64]] = []
+    _check_coverage(model, scan.groups, checked)
     for group in scan.groups:
         own = group_scores(group, checked, reduction)
-        removals = allowed_removals(group.size, _unit_step(group, round_to), max_ratio)
         if own is None:
             skipped.append(Skipped(group.root, group.size, "no scores for any of its layers"))
-        elif np.isnan(own).any():
+            continue
+        if np.isnan(own).any():
             skipped.append(Skipped(group.root, group.size, "no scores for some of its channels"))
-        elif len(removals) == 1:
+            continue
+        order = removal_order(group, own, max_ratio)
+        removals = allowed_removals(group.size, _unit_step(group, round_to), max_ratio)
+        removals = removals[removals <= len(order)]
+        if len(removals) == 1:
             skipped.append(
                 Skipped(
                     group.root,
@@ -412,10 +475,11 @@ def prune_filters(
         else:
             groups.append(group)
             values.append(own)
+            orders.append(order)
             allowed.append(removals)
     while True:
         chosen, cost = _decide(
-            model, example_inputs, groups, values, allowed, ratio, macs, params, scope, normalize
+            model, example_inputs, groups, values, orders, allowed, ratio, macs, params, scope, normalize
         )
         plan = PruningPlan(type(model).__name__, (), cost.base, cost.base, tuple(skipped))
         if not chosen:
@@ -427,8 +491,22 @@ def prune_filters(
             return replace(plan, after=_plan.measure(pruned, example_inputs))
         for group, reason in failures:
             number = next(i for i, other in enumerate(groups) if other is group)
-            del groups[number], values[number], allowed[number]
+            del groups[number], values[number], orders[number], allowed[number]
             skipped.append(Skipped(group.root, group.size, reason))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_coverage(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Floats]) -> None:
+    wanted = [m.layer for group in groups for m in group.members if m.kind in _SCORED]
+    if wanted and not any(layer in scores for layer in wanted):
+        raise InvalidInputError(
+            f"scores: got {', '.join(map(repr, list(scores)[:3])) or 'none'}, which is no layer of "
+            f"{type(model).__name__} that can be pruned; wanted scores of layers such as "
+            f"{', '.join(map(repr, wanted[:3]))}, as flow_divergence(model, profile) gives them"
+        )
 
 
 def _decide(
@@ -436,6 +514,7 @@ def _decide(
     example_inputs: Inputs,
     groups: Sequence[Group],
     values: Sequence[Floats],
+    orders: Sequence[NDArray[np.int64]],
     allowed: Sequence[NDArray[np.int64]],
     ratio: float | None,
     macs: float | int | None,
@@ -443,8 +522,8 @@ def _decide(
     scope: str,
     normalize: str | None,
 ) -> tuple[list[tuple[Group, list[int]]], CostModel]:
-    orders = [np.argsort(value, kind="stable") for value in values]
-    ranking = rank_units(values, [int(a[-1]) for a in allowed], scope=scope, normalize=normalize)
+    capacity = [int(own[-1]) for own in allowed]
+    ranking = rank_units(values, capacity, scope=scope, normalize=normalize, orders=orders)
     cost = CostModel(model, example_inputs, groups, orders)
 
     def removed(length: int) -> list[int]:
@@ -534,7 +613,7 @@ def _try(
 ) -> tuple[nn.Module | None, str | None]:
     try:
         pruned = plan.apply(model, example_inputs)
-    except SurgeryError as error:
+    except (SurgeryError, PlanMismatchError) as error:
         return None, f"its removal breaks the model: {error}"
     if not exact:
         return pruned, None
@@ -569,4 +648,5 @@ __all__ = [
     "group_scores",
     "prune_filters",
     "rank_units",
+    "removal_order",
 ]

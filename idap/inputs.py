@@ -58,6 +58,12 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def without_inference(inputs: Any) -> Any:
+    """``inputs`` with a copy in place of every tensor made under ``torch.inference_mode``."""
+    with torch.inference_mode(False):
+        return map_tensors(inputs, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
 def to_device(inputs: Any, device: torch.device | str) -> Any:
     """A copy of ``inputs`` with every tensor on ``device``; mappings come back as plain dictionaries."""
     return map_tensors(inputs, lambda tensor: tensor.to(device))
@@ -138,7 +144,8 @@ def tracing_copy(model: nn.Module, device: torch.device | str | None = None) -> 
         InvalidInputError: if the model cannot be copied.
     """
     try:
-        duplicate = copy.deepcopy(model)
+        with torch.inference_mode(False):
+            duplicate = copy.deepcopy(model)
     except Exception as error:
         raise InvalidInputError(
             f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}); remove what it holds "

@@ -163,7 +163,9 @@ def _record(model: nn.Module, example_inputs: Inputs) -> tuple[dict[str, _Call],
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         with torch.inference_mode(False), torch.enable_grad():
-            example = _inputs.map_tensors(_inputs.to_model(example_inputs, duplicate), attach)
+            example = _inputs.map_tensors(
+                _inputs.to_model(_inputs.without_inference(example_inputs), duplicate), attach
+            )
             output = _inputs.call(duplicate, example)
     finally:
         for handle in handles:
@@ -303,12 +305,26 @@ def truncate_layers(
         raise InvalidInputError("got both count and macs or neither, wanted exactly one of them")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise InvalidInputError(f"count: got {count!r}, wanted a whole number of blocks, 0 or more")
+    if macs is not None:
+        target_count("macs", macs, 1)
+    if not isinstance(divergences, Mapping):
+        raise InvalidInputError(
+            f"divergences: got {type(divergences).__name__}, wanted a mapping from block names to numbers; "
+            "pass layer_divergence(model, profile)"
+        )
     modules = dict(model.named_modules())
     for name, value in divergences.items():
         if name not in modules:
             raise InvalidInputError(f"divergences: {name!r} is no module of {type(model).__name__}")
-        if not math.isfinite(float(value)):
-            raise NonFiniteError(f"divergences[{name!r}]: got {float(value)}, wanted a finite number")
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(
+                f"divergences[{name!r}]: got {type(value).__name__}, wanted one number a block; "
+                "pass layer_divergence(model, profile)"
+            ) from error
+        if not math.isfinite(number):
+            raise NonFiniteError(f"divergences[{name!r}]: got {number}, wanted a finite number")
     covered = resolve_ignore(model, ignore)
     ranked: list[tuple[float, int, Block]] = []
     skipped: list[Skipped] = []

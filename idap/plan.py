@@ -331,6 +331,11 @@ class PruningPlan:
             makers = [r for r in step.removals if r.kind in ("conv_out", "linear_out", "embedding")]
             lost, total = sum(len(r.removed) for r in makers), sum(r.size for r in makers)
             lines.append(f"  {number}. channels: {lost} of {total} in {len(makers)} layers")
+        if not self.steps:
+            lines.append(
+                "  nothing is removed: no target was set or it is met already, or no change that the settings "
+                "allow comes nearer to it (a lower round_to allows more)"
+            )
         for label, name in (("parameters", "params"), ("MACs", "macs")):
             old, new = getattr(self.before, name, None), getattr(self.after, name, None)
             if old is not None and new is not None:
@@ -369,7 +374,7 @@ def channel_step(chosen: Iterable[tuple[_groups.Group, Iterable[int]]]) -> Chann
 
 def target_count(name: str, value: float | int, full: int) -> int:
     """A target as a count: a float up to 1.0 is a share of ``full``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InvalidInputError(f"{name}: got {value!r}, wanted a share in (0, 1.0] (float) or a count (int)")
     if isinstance(value, float) and value <= 1.0:
         return math.floor(value * full)

@@ -31,6 +31,9 @@ CONVOLUTIONS = (
 )
 
 
+_SUMS = slice(3, 6)  # rows of ChannelStats.state: M2, sum |y|, sum of act(y)^2
+
+
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that stores its weight as (in, out), as GPT-2's ``Conv1D``."""
     weight = getattr(module, "weight", None)
@@ -154,8 +157,9 @@ def profile(
         batches: iterable of model inputs: a tensor, a tuple or list (positional arguments) or a mapping
             (keyword arguments). For batches of another form, such as ``(images, labels)``, give ``forward``.
         layers: names of the layers to measure; ``None`` for every convolution and linear layer, ``()`` for
-            none. A convolution gives ``(B, C, *)``, a linear layer ``(B, *, C)``: one sample per batch item,
-            every other dimension a position.
+            none. A convolution gives ``(B, C, *)``, a linear layer ``(B, *, C)``: one sample per item of the
+            first dimension, every other dimension a position. ``(T, B, C)`` is known by its second dimension
+            being the batch's size and its first no multiple of it.
         blocks: names of the blocks to measure; ``None`` for every removable block, found by running a copy
             of the model on one sample of the first batch; ``()`` for none.
         activation: the ``σ`` of the flow norm: ``relu``, ``identity``, ``gelu`` or ``silu``.
@@ -173,24 +177,32 @@ def profile(
     if activation not in ACTIVATION_CODES:
         raise InvalidInputError(f"activation is {activation!r}; known are {', '.join(ACTIVATION_CODES)}")
     check_backend_name(backend)
+    _check_model(model)
     modules = dict(model.named_modules())
-    layer_names = (
-        [n for n, m in modules.items() if is_scored(m)] if layers is None else _known(layers, modules)
-    )
+    scored = [name for name, module in modules.items() if is_scored(module)]
+    layer_names = scored if layers is None else _known(layers, modules)
+    unscored = [name for name in layer_names if name not in scored]
+    if unscored:
+        kind = type(modules[unscored[0]]).__name__
+        raise InvalidInputError(
+            f"layer {unscored[0]!r} is a {kind}; only convolutions and linear layers have filters to measure"
+        )
     block_names = None if blocks is None else _known(blocks, modules)
     iterator = iter(_iterable(batches))
     try:
         batch = next(iterator)
     except StopIteration:
         raise EmptyDataError("batches is empty: at least one batch is needed") from None
+    batch = _inputs.without_inference(batch)
     if block_names is None:
         block_names = _discover_blocks(model, batch) if forward is None else []
     recorder = _Recorder(activation, backend)
     run = forward or _inputs.call
     index = 0
     with (
-        _inputs.evaluating(model),
+        torch.inference_mode(False),  # versions tell which blocks write into their input
         torch.no_grad(),
+        _inputs.evaluating(model),
         recorder.attached(modules, layer_names, block_names),
         _progress_bar(batches, progress) as advance,
     ):
@@ -206,10 +218,23 @@ def profile(
             index += 1
             advance()
             try:
-                batch = next(iterator)
+                batch = _inputs.without_inference(next(iterator))
             except StopIteration:
                 break
     return recorder.result()
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if hasattr(model, "_orig_mod"):
+        raise InvalidInputError("model is compiled: hooks do not see its layers; pass model._orig_mod")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidInputError(
+            "model is a ScriptModule, whose layers take no hooks; pass the module it came from"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InvalidInputError("model is on the meta device and has no weights; load it first")
 
 
 def _known(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -325,6 +350,10 @@ class _Recorder:
         self.batch_size = batch_size
         self.pending.clear()
 
+    def sequence_first(self, y: Tensor) -> bool:
+        """Whether a tensor is (T, B, C). Windows of a batch, (B·W, T, C), are not, whatever their T."""
+        return y.dim() == 3 and y.shape[1] == self.batch_size and y.shape[0] % self.batch_size != 0
+
     def layer_hook(self, name: str, module: nn.Module) -> Callable[..., None]:
         convolution = isinstance(module, CONVOLUTIONS)
         weight = module.weight
@@ -337,8 +366,7 @@ class _Recorder:
             if y.dim() < rank:
                 y = y[None]  # an unbatched call is one sample
             sample_dim = 0
-            # Sequence first, (T, B, C): the batch is in the second place, and only there.
-            if not convolution and y.dim() == 3 and y.shape[0] != self.batch_size == y.shape[1]:
+            if not convolution and self.sequence_first(y):
                 sample_dim = 1
             try:
                 self.layers[name] = channel_stats(
@@ -359,8 +387,10 @@ class _Recorder:
             x = _inputs.first_tensor((args, kwargs))
             if x is not None:
                 # In the first batch every input is copied, to see which blocks write into theirs.
-                kept = x.clone() if self.batches == 0 or name in self.writes_input else x
-                self.pending.setdefault(name, []).append((kept, x, x._version))
+                # So is an inference tensor, whose changes torch does not count.
+                keep = self.batches == 0 or name in self.writes_input or x.is_inference()
+                version = -1 if x.is_inference() else x._version
+                self.pending.setdefault(name, []).append((x.clone() if keep else x, x, version))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             stack = self.pending.get(name)
@@ -368,12 +398,12 @@ class _Recorder:
             if not stack or y is None:
                 return
             kept, x, version = stack.pop()
-            if x._version != version:
+            if version >= 0 and x._version != version:
                 self.writes_input.add(name)
             if y.shape != kept.shape:
                 shapes = f"takes {tuple(kept.shape)} and gives {tuple(y.shape)}"
                 raise _Stop(InvalidInputError(f"block {name!r} {shapes}: there is no difference to measure"))
-            if kept.dim() == 3 and kept.shape[0] != self.batch_size == kept.shape[1]:
+            if self.sequence_first(kept):
                 kept, y = kept.transpose(0, 1), y.transpose(0, 1)
             try:
                 stats = pair_stats(kept, y.to(kept.dtype), backend=self.backend)
@@ -390,20 +420,23 @@ class _Recorder:
         self.pending.clear()
         if not self.layers:
             return
-        # Sums of |y| are infinite or NaN once a value was. On a GPU nothing waits for the answer.
-        sums = torch.cat([stats.state[4] for stats in self.layers.values()])
-        self.finite.append(sums.isfinite().all())
-        if sums.device.type == "cpu" and not self.finite[-1]:
+        # The sums are infinite or NaN once a value was, or its square. On a GPU nothing waits for the answer.
+        sums: dict[torch.device, list[Tensor]] = {}
+        for stats in self.layers.values():
+            sums.setdefault(stats.state.device, []).append(stats.state[_SUMS].flatten())
+        flags = [torch.cat(parts).isfinite().all() for parts in sums.values()]
+        self.finite.append(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+        if self.finite[-1].device.type == "cpu" and not self.finite[-1]:
             self.check_finite()
 
     def check_finite(self) -> None:
         if not self.finite or bool(torch.stack(self.finite).all()):
             return
         batch = next(i for i, finite in enumerate(self.finite) if not finite)
-        name = next(n for n, stats in self.layers.items() if not stats.state[4].isfinite().all())
+        name = next(n for n, stats in self.layers.items() if not stats.state[_SUMS].isfinite().all())
         raise NonFiniteError(
-            f"the output of layer {name!r} became NaN or infinite in batch {batch}: look at the inputs and "
-            "weights; in float16, try bfloat16 or float32"
+            f"the output of layer {name!r}, or its square, became NaN or infinite in batch {batch}: look at the "
+            "inputs and weights; in float16, try bfloat16 or float32"
         )
 
     def result(self) -> ActivationProfile:

@@ -151,7 +151,9 @@ def trace_model(model: nn.Module, example_inputs: Inputs, deadline: Deadline) ->
             if isinstance(module, _LAYER_TYPES) or is_frozen_bn(module):
                 handles.append(module.register_forward_hook(after, with_kwargs=True))
         with torch.inference_mode(False), torch.enable_grad():
-            output = _inputs.call(model, _inputs.map_tensors(example_inputs, attach))
+            output = _inputs.call(
+                model, _inputs.map_tensors(_inputs.without_inference(example_inputs), attach)
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,4 +31,7 @@ def extension_missing(name: str, error: ImportError | None) -> str:
         return f"the extension was not built: {reason}"
     if not build_info():
         return "the extension was never built here: run 'pip install -e .' in the source tree"
+    library = Path(__file__).with_name(name + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    if not library.exists():
+        return f"{library.name} is missing (built for another Python, or deleted): install idap again"
     return f"the extension does not load: {error}"

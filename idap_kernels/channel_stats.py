@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from .backends.reference import merge_states
-from .dispatch import ACTIVATION_CODES, check_backend_name, check_dim, check_tensor, is_plain, select
+from .dispatch import (
+    ACTIVATION_CODES,
+    check_backend_name,
+    check_dim,
+    check_tensor,
+    is_plain,
+    materialized,
+    select,
+)
 from .errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -49,7 +57,15 @@ class ChannelStats:
     def empty(
         cls, channels: int, *, activation: str = "relu", device: torch.device | str | None = None
     ) -> ChannelStats:
-        """Statistics of no data, to accumulate into with ``channel_stats(..., out=stats)``."""
+        """Statistics of no data, to accumulate into with ``channel_stats(..., out=stats)``.
+
+        Raises:
+            InvalidInputError: fewer than one channel, or an unknown activation.
+        """
+        if channels < 1:
+            raise InvalidInputError(f"channels is {channels}; at least one is needed")
+        if activation not in ACTIVATION_CODES:
+            raise InvalidInputError(f"activation is {activation!r}; known are {', '.join(ACTIVATION_CODES)}")
         state = torch.zeros(len(ROWS), channels, dtype=torch.float64, device=device)
         return cls(state, activation)
 
@@ -203,7 +219,8 @@ def channel_stats(
         x: feature map of two or more dimensions; every dimension that is neither the channel's nor the
             sample's is a position. ``(B, C, *)`` as it is, ``(B, T, C)`` with ``channel_dim=2``,
             ``(T, B, C)`` with ``channel_dim=2, sample_dim=1``. float32, float64, float16 or bfloat16,
-            any strides: nothing is copied. Gradients are not followed.
+            any strides: nothing is copied. Gradients are not followed. Squares of all but float64 are
+            taken in float32, so magnitudes should lie between 1e-18 and 1e18; else convert to float64.
         channel_dim: dimension of the channels; may be negative.
         sample_dim: dimension of the samples; may be negative.
         activation: ``σ`` of the flow norm: ``relu``, ``identity``, ``gelu`` (by erf) or ``silu``.
@@ -234,8 +251,7 @@ def channel_stats(
         _check_out(out, x, x.shape[channel_dim], activation)
     if is_plain(x):
         module = select(x, backend)
-        if x.is_neg():
-            x = x.resolve_neg()
+        x = materialized(x)
         if out is not None:
             module.channel_stats(x, channel_dim, sample_dim, activation, out.state, True)
             return out
@@ -271,6 +287,7 @@ def _check_out(out: ChannelStats, x: Tensor, channels: int, activation: str) -> 
 @torch.library.custom_op("idap::channel_stats", mutates_args=())
 def _channel_stats_op(x: Tensor, channel_dim: int, sample_dim: int, activation: str, backend: str) -> Tensor:
     state = torch.empty(len(ROWS), x.shape[channel_dim], dtype=torch.float64, device=x.device)
+    x = materialized(x)
     select(x, backend).channel_stats(x, channel_dim, sample_dim, activation, state, False)
     return state
 
@@ -284,6 +301,7 @@ def _(x: Tensor, channel_dim: int, sample_dim: int, activation: str, backend: st
 def _channel_stats_update_op(
     state: Tensor, x: Tensor, channel_dim: int, sample_dim: int, activation: str, backend: str
 ) -> None:
+    x = materialized(x)
     select(x, backend).channel_stats(x, channel_dim, sample_dim, activation, state, True)
 
 

@@ -100,6 +100,8 @@ def check_tensor(x: Tensor, name: str) -> None:
         raise InvalidInputError(
             f"{name} has dtype {x.dtype}; it must be float32, float64, float16 or bfloat16: convert it first"
         )
+    if x.is_nested:
+        raise InvalidInputError(f"{name} is a nested tensor; pass its parts, or pad it")
     if x.layout is not torch.strided:
         raise InvalidInputError(f"{name} has layout {x.layout}; call .to_dense() first")
     if x.numel() == 0:
@@ -108,6 +110,8 @@ def check_tensor(x: Tensor, name: str) -> None:
 
 def check_dim(dim: int, ndim: int, name: str) -> int:
     """``dim`` counted from the front; :class:`InvalidInputError` if it is out of range."""
+    if not isinstance(dim, (int, torch.SymInt)) or isinstance(dim, bool):
+        raise InvalidInputError(f"{name} is a {type(dim).__name__}; it must be an int")
     if not -ndim <= dim < ndim:
         raise InvalidInputError(
             f"{name} is {dim}, but the tensor has {ndim} dimensions: it must lie in [{-ndim}, {ndim - 1}]"
@@ -118,9 +122,21 @@ def check_dim(dim: int, ndim: int, name: str) -> int:
 def is_plain(*tensors: Tensor) -> bool:
     """Whether a call may go to its backend directly, past torch's dispatcher.
 
-    Tracing (``torch.compile``, ``torch.export``, fake tensors, ``make_fx``) and tensor subclasses go
-    through the registered operator.
+    Tracing (``torch.compile``, ``torch.export``, ``torch.jit.trace``, fake tensors, ``make_fx``), function transforms
+    (``torch.func``) and tensor subclasses go through the registered operator.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+        return False
+    return all(
+        (type(t) is Tensor or type(t) is torch.nn.Parameter) and not torch._is_functional_tensor(t)
+        for t in tensors
+    )
+
+
+def materialized(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy where its memory does not hold its values: lazy negation, lazy zeros."""
+    if x._is_zerotensor():
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    return x.resolve_neg() if x.is_neg() else x

@@ -16,14 +16,7 @@ from .dispatch import AUTO_ORDER, available_backends
 from .version import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch-pruning", "safetensors", "numpy")
-VARIABLES = (
-    "IDAP_ISA",
-    "IDAP_CUDA",
-    "IDAP_NATIVE",
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "CUDA_VISIBLE_DEVICES",
-)
+VARIABLES = ("IDAP_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # read at run time
 
 
 def report() -> dict[str, Any]:

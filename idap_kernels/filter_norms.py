@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import check_backend_name, check_dim, check_tensor, is_plain, select
+from .dispatch import check_backend_name, check_dim, check_tensor, is_plain, materialized, select
 from .errors import InvalidInputError
 
 
@@ -48,7 +48,7 @@ def filter_norms(weights: Sequence[Tensor], *, dim: int = 0, backend: str = "aut
     sizes = [w.shape[dim] for w in weights]
     if is_plain(*weights):
         module = _select_for_all(weights, backend)
-        weights = [w.resolve_neg() if w.is_neg() else w for w in weights]
+        weights = [materialized(w) for w in weights]
         out = torch.empty(sum(sizes), dtype=torch.float64, device=weights[0].device)
         module.filter_norms(weights, dim, out)
     else:
@@ -58,17 +58,20 @@ def filter_norms(weights: Sequence[Tensor], *, dim: int = 0, backend: str = "aut
 
 
 def _select_for_all(weights: list[Tensor], backend: str):  # type: ignore[no-untyped-def]
-    # The backend must take every weight: the one of most dimensions decides.
-    return select(max(weights, key=lambda w: w.dim()), backend)
+    # The backend must take every weight: the one of most dimensions decides. A weight has no sample
+    # dimension, which the kernels' limit counts.
+    widest = max(weights, key=lambda w: w.dim())
+    return select(widest if widest.dim() < 6 else widest[None], backend)
 
 
 @torch.library.custom_op("idap::filter_norms", mutates_args=())
-def _filter_norms_op(weights: list[Tensor], dim: int, backend: str) -> Tensor:
+def _filter_norms_op(weights: Sequence[Tensor], dim: int, backend: str) -> Tensor:  # torch 2.6: no list[]
     out = torch.empty(sum(w.shape[dim] for w in weights), dtype=torch.float64, device=weights[0].device)
-    _select_for_all(weights, backend).filter_norms(weights, dim, out)
+    plain = [materialized(w) for w in weights]
+    _select_for_all(plain, backend).filter_norms(plain, dim, out)
     return out
 
 
 @_filter_norms_op.register_fake
-def _(weights: list[Tensor], dim: int, backend: str) -> Tensor:
+def _(weights: Sequence[Tensor], dim: int, backend: str) -> Tensor:
     return weights[0].new_empty((sum(w.shape[dim] for w in weights),), dtype=torch.float64)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .dispatch import check_backend_name, check_tensor, is_plain, select
+from .dispatch import check_backend_name, check_tensor, is_plain, materialized, select
 from .errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class PairStats:
     @property
     def cosine(self) -> Tensor:
         """``x·y / (‖x‖₂ ‖y‖₂)`` (R,); 0 where one of them is zero."""
-        return self.xy / (self.xx.sqrt() * self.yy.sqrt()).clamp_min(EPSILON**2)
+        norms = self.xx.sqrt() * self.yy.sqrt()
+        return torch.where(norms == 0, 0.0, self.xy / norms)
 
     @property
     def block_influence(self) -> Tensor:
@@ -151,8 +152,7 @@ def pair_stats(x: Tensor, y: Tensor, *, per: str = "sample", backend: str = "aut
     row_dims = 1 if per == "sample" else x.dim() - 1
     if is_plain(x, y):
         module = select(x, backend)
-        if x.is_neg() or y.is_neg():
-            x, y = x.resolve_neg(), y.resolve_neg()
+        x, y = materialized(x), materialized(y)
         out = torch.empty(len(ROWS), _rows(x, row_dims), dtype=torch.float64, device=x.device)
         module.pair_stats(x, y, row_dims, out)
         return PairStats(out)
@@ -170,6 +170,7 @@ def _rows(x: Tensor, row_dims: int) -> int:
 @torch.library.custom_op("idap::pair_stats", mutates_args=())
 def _pair_stats_op(x: Tensor, y: Tensor, row_dims: int, backend: str) -> Tensor:
     out = torch.empty(len(ROWS), _rows(x, row_dims), dtype=torch.float64, device=x.device)
+    x, y = materialized(x), materialized(y)
     select(x, backend).pair_stats(x, y, row_dims, out)
     return out
 

@@ -6,6 +6,14 @@
 
 #include "accumulator.h"
 
+// The CPU kernels include this once per instruction set: no copy may be left for the linker to
+// share.
+#if defined(__GNUC__) || defined(__clang__)
+#define IDAP_ALWAYS_INLINE __attribute__((always_inline))
+#else
+#define IDAP_ALWAYS_INLINE
+#endif
+
 namespace idap {
 
 constexpr int kMaxPositionDims = 4;
@@ -22,7 +30,7 @@ struct View {
   int64_t size[kMaxPositionDims] = {1, 1, 1, 1};
   int64_t stride[kMaxPositionDims] = {0, 0, 0, 0};
 
-  int64_t positions() const {
+  IDAP_ALWAYS_INLINE int64_t positions() const {
     int64_t n = 1;
     for (int i = 0; i < dims; ++i) n *= size[i];
     return n;
@@ -32,7 +40,7 @@ struct View {
 // Sorts dimensions by decreasing stride and merges those that step through memory as one.
 // The statistics do not depend on the order of positions, so a transposed map merges as well
 // as a plain one. Returns the number of dimensions left.
-inline int merge_dims(int n, int64_t* size, int64_t* stride) {
+IDAP_ALWAYS_INLINE inline int merge_dims(int n, int64_t* size, int64_t* stride) {
   int m = 0;
   for (int i = 0; i < n; ++i) {  // drop dimensions of size one
     if (size[i] == 1) continue;
@@ -65,8 +73,9 @@ inline int merge_dims(int n, int64_t* size, int64_t* stride) {
 
 // Builds the view of a tensor. sample_dim may be -1: then there is one sample.
 // Returns false when more than kMaxPositionDims dimensions remain after merging.
-inline bool make_view(const void* data, DType dtype, int ndim, const int64_t* size,
-                      const int64_t* stride, int channel_dim, int sample_dim, View* view) {
+IDAP_ALWAYS_INLINE inline bool make_view(const void* data, DType dtype, int ndim,
+                                         const int64_t* size, const int64_t* stride,
+                                         int channel_dim, int sample_dim, View* view) {
   View v;
   v.data = data;
   v.dtype = dtype;

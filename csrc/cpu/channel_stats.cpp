@@ -1,4 +1,4 @@
-// channel_stats on the CPU: one read of the map, every statistic of docs/statistics.
+// channel_stats on the CPU: one read of the map gives all rows of common/accumulator.h.
 //
 // Work is cut into units whose borders depend on the shape alone; each unit fills its own slab of
 // partial results, and slabs are merged in a fixed order. So the result has the same bits for any
@@ -18,7 +18,8 @@ namespace idap {
 namespace IDAP_ISA {
 namespace {
 
-constexpr int kLaneBlock = 128;         // values a lane takes before it is carried into double
+constexpr int kLaneBlock =
+    128;  // values a lane takes before it is carried into double (tiles: kTileMax)
 constexpr int kTileMax = 256;           // longest row that is transposed rather than reduced
 constexpr int64_t kChannelBlock = 256;  // channels of a unit where channels are contiguous
 constexpr int64_t kSerialWork = 32768;  // elements below which one thread is enough
@@ -49,7 +50,7 @@ struct Plan {
   bool contiguous;  // the vectorised dimension has stride one
   bool single;      // one position per sample: samples are walked as positions
   int64_t channel_block, channel_units, sample_units, position_units;
-  // Slabs hold whole vectors: what stands in the lanes past the last channel is never read.
+  // Slabs hold whole vectors: what stands in the lanes past the last channel reaches no result.
   int64_t pitch() const { return (channel_block + kF - 1) / kF * kF; }
   int64_t units() const { return channel_units * sample_units * position_units; }
 };

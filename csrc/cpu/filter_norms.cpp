@@ -9,7 +9,6 @@ namespace idap {
 namespace IDAP_ISA {
 namespace {
 
-constexpr int kLaneBlock = 128;     // squares a lane takes before they are carried into double
 constexpr int64_t kUnit = 1 << 16;  // elements of one unit of work, about
 
 int64_t offset_of(const View& v, int64_t i) {
@@ -21,30 +20,31 @@ int64_t offset_of(const View& v, int64_t i) {
   return offset;
 }
 
+// The square of each lane, in double, added up: weights may be too small or large to square in
+// float.
+template <class A>
+IDAP_INLINE vd add_squares(vd sum, typename Lanes<A>::V v) {
+#pragma GCC unroll 2
+  for (int h = 0; h < Lanes<A>::n / kD; ++h) {
+    const vd x = widen_half(v, h);
+    sum += x * x;
+  }
+  return sum;
+}
+
 template <class T>
 double run_sum(const T* p, int64_t stride, int64_t n) {
   using A = typename AccOf<T>::type;
-  using V = typename Lanes<A>::V;
   constexpr int lanes = Lanes<A>::n;
-  double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kLaneBlock * lanes) {
-    const int64_t end = begin + kLaneBlock * lanes < n ? begin + kLaneBlock * lanes : n;
-    V sum{};
-    int64_t i = begin;
-    if (stride == 1) {
-      for (; i + lanes <= end; i += lanes) {
-        const V v = load(p + i);
-        sum += v * v;
-      }
-    }
-    for (; i < end; i += lanes) {
-      const int count = end - i < lanes ? static_cast<int>(end - i) : lanes;
-      const V v = load_strided(p + i * stride, stride, count);
-      sum += v * v;
-    }
-    total += sum_lanes<A>(sum);
+  vd sum{};
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + lanes <= n; i += lanes) sum = add_squares<A>(sum, load(p + i));
+  for (; i < n; i += lanes) {
+    const int count = n - i < lanes ? static_cast<int>(n - i) : lanes;
+    sum = add_squares<A>(sum, load_strided(p + i * stride, stride, count));
   }
-  return total;
+  return sum_lanes<double>(sum);
 }
 
 // A filter is one run, or several, of memory.
@@ -71,18 +71,15 @@ void filters_by_lane(const View& v, double* out, int64_t c0, int64_t c1) {
   for (int64_t c = c0; c < c1; c += lanes) {
     const int count = c1 - c < lanes ? static_cast<int>(c1 - c) : lanes;
     const T* p = static_cast<const T*>(v.data) + c;
-    double total[lanes] = {};
-    for (int64_t begin = 0; begin < n; begin += kLaneBlock) {
-      const int64_t end = begin + kLaneBlock < n ? begin + kLaneBlock : n;
-      V sum{};
-      for (int64_t i = begin; i < end; ++i) {
-        const T* q = p + offset_of(v, i);
-        const V x = count == lanes ? load(q) : load_partial(q, count);
-        sum += x * x;
-      }
-      for (int l = 0; l < lanes; ++l) total[l] += sum[l];
+    constexpr int halves = lanes / kD;
+    vd total[halves] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const T* q = p + offset_of(v, i);
+      const V x = count == lanes ? load(q) : load_partial(q, count);
+#pragma GCC unroll 2
+      for (int h = 0; h < halves; ++h) total[h] += widen_half(x, h) * widen_half(x, h);
     }
-    for (int l = 0; l < count; ++l) out[c + l] = std::sqrt(total[l]);
+    for (int l = 0; l < count; ++l) out[c + l] = std::sqrt(total[l / kD][l % kD]);
   }
 }
 

@@ -20,7 +20,7 @@ struct PairView {
   int dims = 0;  // reduced dimensions after merging, outermost first
   int64_t size[kMaxDims] = {}, x_stride[kMaxDims] = {}, y_stride[kMaxDims] = {};
 
-  int64_t positions() const {
+  IDAP_ALWAYS_INLINE int64_t positions() const {
     int64_t n = 1;
     for (int i = 0; i < dims; ++i) n *= size[i];
     return n;

@@ -270,7 +270,8 @@ IDAP_INLINE int64_t sum_counts(typename Lanes<A>::I v) {
 }
 
 // ---------------------------------------------------------------- activations
-// exp(x) for x <= 0, to 2 ulp: 2^k * e^r with |r| <= ln(2)/2 and a Taylor polynomial of degree 7.
+// exp(x) for x <= 0, to 2 ulp above -87: 2^k * e^r with |r| <= ln(2)/2 and a Taylor polynomial of
+// degree 7.
 IDAP_INLINE vf vexp_nonpositive(vf x) {
   const vf lo = splat<vf>(-87.0f);
   const vf xc = vmax(lo, x);  // keeps NaN: it is the second operand
@@ -287,7 +288,9 @@ IDAP_INLINE vf vexp_nonpositive(vf x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * (vf)((k + 127) << 23);
+  const vf e = p * (vf)((k + 127) << 23);
+  return (vf)(~(vi32)(x < -87.0f) &
+              (vi32)e);  // below: zero, as exp rounds there but for subnormals
 }
 IDAP_INLINE vf vsilu(vf x) {
   const vf e = vexp_nonpositive(-vabs(x));  // never overflows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from idap_kernels.dispatch import BACKENDS
 
 from .. import artifact
 from ..complexity import count_macs, count_params
@@ -197,6 +200,23 @@ def _check(settings: Settings) -> None:
         raise InvalidInputError(
             f"target-macs must be a fraction of the original, above 0 up to 1; got {settings.target_macs!r}"
         )
+    if settings.backend not in ("auto", *BACKENDS):
+        raise InvalidInputError(
+            f"backend must be auto, {' or '.join(BACKENDS)}, got {settings.backend!r}; see idap doctor"
+        )
+    for name in ("budget", "lr"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and (value > 0 if name == "lr" else value >= 0)):
+            raise InvalidInputError(
+                f"{name} must be finite and {'above' if name == 'lr' else 'at least'} 0, got {value!r}"
+            )
+    for name in ("steps", "latency_runs"):
+        if getattr(settings, name) < 1:
+            raise InvalidInputError(
+                f"{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}"
+            )
+    if not 0 < settings.initial_ratio < 1:
+        raise InvalidInputError(f"initial-ratio must lie between 0 and 1, got {settings.initial_ratio!r}")
     for name in ("epochs", "final_epochs"):
         if getattr(settings, name) < 0:
             raise InvalidInputError(

@@ -144,14 +144,15 @@ def test_nan_stays_in_its_channel(dtype, shape, sign):
 
 
 @needs_cpu
+@pytest.mark.parametrize("activation", ["relu", "identity", "silu"])
 @pytest.mark.parametrize("values", [[float("inf")], [float("-inf")], [float("inf"), float("-inf")]])
 @pytest.mark.parametrize("shape", [(2, 20, 7, 7), (2, 20, 500), (2, 20)])
-def test_infinities_agree_with_the_reference(shape, values):
+def test_infinities_agree_with_the_reference(shape, values, activation):
     x = torch.randn(shape)
     for i, value in enumerate(values):
         x[i, 3].view(-1)[-1] = value
-    got = channel_stats(x, backend="cpu").state
-    wanted = channel_stats(x, backend="reference").state
+    got = channel_stats(x, activation=activation, backend="cpu").state
+    wanted = channel_stats(x, activation=activation, backend="reference").state
     assert torch.equal(got.isfinite(), wanted.isfinite())
     assert torch.equal(got[:, 3].nan_to_num(1.5), wanted[:, 3].nan_to_num(1.5)) or torch.allclose(
         got[:, 3], wanted[:, 3], rtol=1e-5, equal_nan=True
@@ -266,6 +267,11 @@ def test_parameters_gradients_and_negated_views():
         (lambda: ChannelStats.from_state_dict({"activation": "relu"}), "state"),
         (lambda: ChannelStats.from_state_dict({"state": torch.zeros(2, 3), "activation": "relu"}), "11"),
         (lambda: ChannelStats.empty(3).all_reduce(), "init_process_group"),
+        (lambda: ChannelStats.empty(0), "at least one"),
+        (lambda: ChannelStats.empty(3, activation="tanh"), "tanh"),
+        (lambda: channel_stats(torch.zeros(2, 3), channel_dim=1.0), "float"),
+        (lambda: channel_stats(torch.zeros(2, 3), sample_dim=None), "NoneType"),
+        (lambda: channel_stats(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])), "nested"),
     ],
 )
 def test_bad_input_raises_our_own_error(make, message):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from idap_kernels.build_info import build_info
+
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 ARCHS = ["75", "80", "86", "89", "90", "120"]
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -69,19 +71,12 @@ def parse(log: str) -> list[Report]:
     return reports
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(arch, marks=[] if arch == "90" else pytest.mark.slow, id=f"sm_{arch}") for arch in ARCHS
-    ],
-)
-def reports(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[Report]]:
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: not in CUDA_HOME, on PATH, or in the nvidia/cu13 folder of site-packages")
-    arch: str = request.param
+    arch = "90"
     folder = tmp_path_factory.mktemp(f"sm_{arch}")
 
     def compile_one(source: Path) -> str:
@@ -119,6 +114,21 @@ def test_resources(reports: dict[str, list[Report]]) -> None:
             rounded = -(-r.registers // 8) * 8  # registers are handed out in eights
             assert REGISTERS_PER_MULTIPROCESSOR // (rounded * THREADS) >= wanted, r
             assert wanted * r.shared <= 64 * 1024, r  # of sm_75, the smallest
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_build_spilled_nothing(arch: str) -> None:
+    """What the compiler said when the extension that is installed here was built."""
+    record = build_info().get("_cuda", {})
+    if not record.get("built"):
+        pytest.skip(f"no CUDA kernels here: {record.get('reason', 'never built')}")
+    if arch not in record["resources"]:
+        pytest.skip(f"built for {record['archs']} alone")
+    said = record["resources"][arch]
+    assert said["kernels"] >= sum(KERNELS.values())
+    assert said["spills"] == 0
+    assert said["stack"] == 0
+    assert 0 < said["registers"] <= 128  # two blocks of 256 threads on a multiprocessor
 
 
 def test_the_report_is_understood() -> None:

@@ -82,3 +82,15 @@ def test_parameters_and_an_empty_list():
 def test_bad_input_raises_our_own_error(make, message):
     with pytest.raises(InvalidInputError, match=message):
         make()
+
+
+@needs_cpu
+def test_weights_too_small_or_large_to_square_in_float():
+    for factor in (1e-25, 1e25):
+        w = torch.randn(4, 33) * factor
+        torch.testing.assert_close(filter_norms([w])[0], w.double().norm(dim=1), rtol=1e-12, atol=0)
+
+
+def test_six_dimensions_that_do_not_merge():
+    w = torch.randn(4, 4, 4, 4, 4, 8)[:, :3, :3, :3, :3, :3]
+    torch.testing.assert_close(filter_norms([w])[0], w.double().flatten(1).norm(dim=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -76,3 +78,28 @@ def test_fake_tensors_need_no_data():
         assert channel_stats(x).state.shape == (11, 3)
         assert pair_stats(x, x).state.shape == (4, 2)
         assert filter_norms([x])[0].shape == (2,)
+
+
+def test_function_transforms():
+    x = torch.randn(4, 2, 3, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it loops
+        mapped = torch.vmap(lambda t: channel_stats(t).flow_norm)(x)
+    torch.testing.assert_close(mapped, torch.stack([channel_stats(t).flow_norm for t in x]))
+    gradient = torch.func.grad(lambda t: t.sum() + channel_stats(t).flow_norm.sum().float())(x[0])
+    assert torch.equal(gradient, torch.ones_like(x[0]))  # statistics are not followed
+
+
+def test_tracing_records_the_operator():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and used
+        traced = torch.jit.trace(lambda t: channel_stats(t).state, torch.randn(2, 3, 4))
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(traced(x), channel_stats(x).state)
+
+
+def test_tensors_without_memory():
+    zeros = torch._efficientzerotensor((2, 3, 4))
+    assert torch.equal(channel_stats(zeros).max, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(pair_stats(zeros, zeros).dd, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(filter_norms([zeros])[0], torch.zeros(2, dtype=torch.float64))

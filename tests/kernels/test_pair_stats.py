@@ -109,3 +109,8 @@ def test_merge_keeps_the_order_of_rows():
 def test_bad_input_raises_our_own_error(make, message):
     with pytest.raises(InvalidInputError, match=message):
         make()
+
+
+def test_the_cosine_of_small_vectors():
+    x = torch.full((2, 8), 1e-12)
+    torch.testing.assert_close(pair_stats(x, 2 * x).cosine, torch.ones(2, dtype=torch.float64))

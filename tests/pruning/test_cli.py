@@ -167,3 +167,25 @@ def test_module_entry_point_and_cheap_import():
     )
     assert done.stdout.startswith("idap ")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["--backend", "foo"], ["--budget", "-1"], ["--lr", "nan"]])
+def test_wrong_settings_are_refused_before_anything_is_printed(arguments, tmp_path, capsys):
+    assert cli.main(["quickstart", "--output", str(tmp_path / "out"), *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert arguments[0].lstrip("-") in error
+
+
+def test_version_of_a_tree_that_is_not_installed(capsys, monkeypatch):
+    import importlib.metadata
+
+    from idap_kernels.version import __version__
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"idap {__version__}\n"

@@ -530,3 +530,11 @@ def test_a_metric_that_breaks_later_raises():
     values = iter([0.9, 0.9, float("inf")])
     with pytest.raises(InvalidInputError, match="inf"):
         run(evaluate=lambda m: next(values), target={"macs": 0.2})
+
+
+@pytest.mark.parametrize("name", ["finetune", "final_finetune", "criterion", "on_stage", "progress"])
+def test_what_is_no_function_is_refused_before_anything_runs(name):
+    calls = []
+    with pytest.raises(InvalidInputError, match=f"{name}: got 5, wanted a function"):
+        run(evaluate=lambda model: calls.append(model) or 1.0, **{name: 5})
+    assert calls == []

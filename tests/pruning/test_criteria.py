@@ -131,3 +131,21 @@ def test_block_divergence_of_an_identity_is_zero():
     values = idap.layer_divergence(model, p)
     assert values["0"] == 0
     assert values["1"] == pytest.approx(0.5)
+
+
+def test_scores_leave_a_parametrised_model_as_it_was():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(layer).train()
+    p = idap.profile(model, [torch.randn(2, 3, 6, 6)], blocks=())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    idap.flow_divergence(model, p)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training
+
+
+@pytest.mark.parametrize("wrong", [None, {}, [torch.randn(1, 3, 5, 5)]])
+def test_what_is_no_profile_is_refused(wrong):
+    model = nn.Sequential(nn.Conv2d(3, 5, 3))
+    for criterion in (idap.flow_divergence, idap.layer_divergence):
+        with pytest.raises(InvalidInputError, match=r"idap\.profile"):
+            criterion(model, wrong)

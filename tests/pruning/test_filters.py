@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from idap.complexity import count_macs, count_params
 from idap.errors import InvalidInputError, NonFiniteError, SurgeryError, TargetUnreachableError
-from idap.filters import CostModel, allowed_removals, group_scores, prune_filters, rank_units
+from idap.filters import (
+    CostModel,
+    allowed_removals,
+    group_scores,
+    prune_filters,
+    rank_units,
+    removal_order,
+)
 from idap.groups import Group, Member, find_groups
 from idap.plan import ChannelStep, PruningPlan
 
@@ -243,7 +250,6 @@ def test_nothing_to_remove() -> None:
     assert plan.steps == ()
     assert plan.before == plan.after
     assert prune_filters(model, scores_of(model), X, macs=1.0).steps == ()
-    assert prune_filters(model, {}, X, ratio=0.5).steps == ()
 
 
 @pytest.mark.parametrize(
@@ -357,3 +363,79 @@ def test_the_model_is_only_read() -> None:
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def shuffled() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
+    return model, scores_of(model), torch.randn(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("target", [{"ratio": 0.3}, {"ratio": 0.4, "round_to": 1}, {"macs": 0.5}])
+def test_layers_that_read_part_of_a_group_are_never_emptied(shuffled, target: dict) -> None:
+    model, scores, x = shuffled
+    plan = prune_filters(model, scores, x, **target)
+    (step,) = plan.steps
+    assert isinstance(step, ChannelStep)
+    assert all(len(removal.removed) < removal.size for removal in step.removals)
+    assert plan.exactness_error(model, x) < 1e-4
+    small = plan.apply(model, x)
+    if "macs" in target:
+        assert count_macs(small, x) <= 0.5 * count_macs(model, x)
+
+
+def test_a_unit_that_would_empty_a_layer_is_passed_over() -> None:
+    whole = Member("a", "conv_out", 6, tuple((i,) for i in range(6)))
+    part = Member("b", "conv_in", 2, ((0,), (1,), (), (), (), ()))
+    group = Group("a", 6, (whole, part))
+    scores = np.arange(6.0)
+    assert removal_order(group, scores, 1.0).tolist() == [0, 2, 3, 4, 5]
+    assert removal_order(group, scores[::-1], 1.0).tolist() == [5, 4, 3, 2, 1]
+    assert removal_order(Group("a", 6, (whole,)), scores, 0.5).tolist() == list(range(6))
+    wide = Member("b", "conv_in", 4, ((0,), (1,), (2,), (3,), (), ()))
+    assert removal_order(Group("a", 6, (whole, wide)), scores, 0.5).tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": "a"}, "ratio"),
+        ({"ratio": torch.tensor([0.1, 0.2])}, "ratio"),
+        ({"ratio": True}, "ratio"),
+        ({"ratio": None, "macs": float("inf")}, "macs"),
+        ({"max_ratio": "a"}, "max_ratio"),
+        ({"scores": None}, "flow_divergence"),
+        ({"scores": torch.ones(8)}, "flow_divergence"),
+        ({"scores": {"conv1": "words"}}, "conv1"),
+        ({"scores": {"conv1": object()}}, "conv1"),
+        ({"scores": {}}, "wanted scores of layers such as"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(change: dict, message: str) -> None:
+    model = Chain()
+    arguments: dict = {"scores": scores_of(model), "ratio": 0.3} | change
+    with pytest.raises(InvalidInputError, match=message):
+        prune_filters(model, example_inputs=X, **arguments)
+
+
+def test_a_profile_instead_of_scores_is_named() -> None:
+    from idap.profile import profile
+
+    model = Chain()
+    with pytest.raises(InvalidInputError, match=r"ActivationProfile.*flow_divergence\(model, profile\)"):
+        prune_filters(model, profile(model, [X], progress=False), X, ratio=0.3)  # type: ignore[arg-type]
+
+
+def test_scores_of_no_layer_that_can_be_pruned_are_refused() -> None:
+    model = Chain()
+    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    with pytest.raises(InvalidInputError, match="wanted scores of layers such as"):
+        prune_filters(model, {last: scores_of(model)[last]}, X, ratio=0.3)
+
+
+def test_a_plan_that_removes_nothing_says_so() -> None:
+    plan = prune_filters(Chain(), scores_of(Chain()), X, ratio=0.01)
+    assert plan.steps == ()
+    assert "nothing is removed" in plan.summary()

@@ -280,3 +280,10 @@ def test_a_model_that_raises_is_left_alone() -> None:
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert F.relu(model[0](torch.randn(2, 4))).shape == (2, 4)
+
+
+@pytest.mark.parametrize("divergences", [None, 3, {"stem": "words"}, {"stem": torch.ones(2)}])
+def test_divergences_of_the_wrong_kind_are_named(divergences: Any) -> None:
+    model = Residual()
+    with pytest.raises(InvalidInputError, match=r"divergences.*layer_divergence\(model, profile\)"):
+        truncate_layers(model, divergences, torch.randn(2, 3, 8, 8), count=1)

@@ -245,3 +245,55 @@ def test_a_layer_called_twice_counts_both_calls():
     torch.testing.assert_close(
         p.layers["fc"].state, channel_stats(torch.cat([once, model.fc(once).detach()])).state
     )
+
+
+def test_windows_of_a_batch_are_not_taken_for_sequences():
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:  # (B, 8, 8, C) -> (B * 4, 16, C)
+            b = x.shape[0]
+            y = x.view(b, 2, 4, 2, 4, 3).permute(0, 1, 3, 2, 4, 5).reshape(b * 4, 16, 3)
+            return self.fc(y)
+
+    model, data = Windows(), torch.randn(16, 8, 8, 3)
+    whole = idap.profile(model, [data], blocks=()).layers["fc"]  # as many images as a window has positions
+    parts = idap.profile(model, data.split(8), blocks=()).layers["fc"]
+    torch.testing.assert_close(whole.state, parts.state)
+
+
+def test_inside_inference_mode():
+    model, x = Net(), torch.randn(2, 3, 9, 9)
+    wanted = idap.profile(model, [x])
+    with torch.inference_mode():
+        got = idap.profile(model, [x.clone()])
+        scores = idap.flow_divergence(model, got)
+    torch.testing.assert_close(got.layers["head"].state, wanted.layers["head"].state)
+    assert list(got.blocks) == list(wanted.blocks)
+    assert scores["stem"].shape == (6,)
+
+
+def test_squares_that_overflow_are_noticed():
+    with pytest.raises(NonFiniteError, match="'stem'"):
+        idap.profile(Net(), [torch.randn(2, 3, 9, 9) * 1e20])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "NoneType"),
+        (lambda x: x, "function"),
+        (torch.compile(Net(), backend="eager"), "_orig_mod"),
+        (Net().to("meta"), "meta device"),
+    ],
+)
+def test_models_that_cannot_be_profiled(model, message):
+    with pytest.raises(InvalidInputError, match=message):
+        idap.profile(model, batches(1))
+
+
+def test_a_layer_without_filters_is_refused():
+    with pytest.raises(InvalidInputError, match=r"'blocks\.0\.bn' is a BatchNorm2d"):
+        idap.profile(Net(), batches(1), layers=["blocks.0.bn"])
