@@ -77,8 +77,7 @@ def main() -> None:
         rounds=args.rounds,
         seconds=0,
     )
-    forward = times["forward"]["median_us"]
-    overhead = {name: t["median_us"] / forward - 1 for name, t in times.items() if name != "forward"}
+    overhead = {name: t["ratio"] - 1 for name, t in times.items() if name != "forward"}
     for name, t in times.items():
         spread = f"(p10 {t['p10_us'] / 1e3:.1f}, p90 {t['p90_us'] / 1e3:.1f})"
         extra = f"  +{100 * overhead[name]:.1f} %" if name in overhead else ""

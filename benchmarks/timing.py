@@ -19,6 +19,8 @@ def sample_times(
 ) -> dict[str, dict[str, float]]:
     """Median, 10th and 90th percentile and minimum time of one call, in microseconds, by name.
 
+    ``ratio`` is the median over the rounds of the time over that of the first function in the same round.
+
     Each round calls every function in turn, each after a call of its own that is not timed. A function that
     takes less than half a millisecond is called several times per round; the mean is one observation.
     """
@@ -43,8 +45,10 @@ def sample_times(
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(clock(function, calls[name]) * 1e6)
+    first = times[next(iter(functions))]
     return {
         name: {
+            "ratio": statistics.median(mine / theirs for mine, theirs in zip(t, first)),
             "median_us": statistics.median(t),
             "p10_us": quantile(t, 0.1),
             "p90_us": quantile(t, 0.9),
