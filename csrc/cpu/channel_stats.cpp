@@ -20,9 +20,9 @@ namespace {
 
 constexpr int kLaneBlock =
     128;  // values a lane takes before it is carried into double (tiles: kTileMax)
-constexpr int kTileMax = 256;           // longest row that is transposed rather than reduced
-constexpr int64_t kChannelBlock = 256;  // channels of a unit where channels are contiguous
-constexpr int64_t kSerialWork = 32768;  // elements below which one thread is enough
+constexpr int kTileMax = 256;             // longest row that is transposed rather than reduced
+constexpr int64_t kChannelBlock = 256;    // channels of a unit where channels are contiguous
+constexpr int64_t kSerialWork = 1 << 18;  // elements below which waking a second thread costs more
 
 // One double per channel of the unit and row.
 enum SlabRow {
@@ -68,7 +68,7 @@ Plan make_plan(const View& v) {
   Plan p{};
   const int64_t positions = v.positions();
   const int64_t work = v.samples * v.channels * positions;
-  const int64_t want = work < kSerialWork ? 1 : work < (1 << 20) ? 8 : 32;
+  const int64_t want = work < 32768 ? 1 : work < (1 << 20) ? 8 : 32;
   const int64_t inner = v.dims ? v.stride[v.dims - 1] : 0;
   p.single = positions == 1;
   if (p.single || (inner != 1 && v.channel_stride == 1)) {
@@ -797,7 +797,7 @@ void run(const View& v, const Plan& p, bool accumulate, double* scratch, double*
          int threads) {
   const int64_t units = p.units(), slab_size = sRows * p.pitch();
   const int64_t pieces = (p.channel_block + kD - 1) / kD;
-  if (units == 1) threads = 1;
+  if (units == 1 || v.samples * v.channels * v.positions() < kSerialWork) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic, 1)

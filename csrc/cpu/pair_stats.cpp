@@ -12,6 +12,7 @@ namespace {
 constexpr int kLaneBlock = 128;       // products a lane takes before they are carried into double
 constexpr int64_t kChunk = 32768;     // longest piece of a row that one unit takes
 constexpr int64_t kUnitWork = 32768;  // elements that make a unit worth a thread
+constexpr int64_t kSerialWork = 1 << 17;  // elements below which waking a second thread costs more
 
 struct Plan {
   int64_t rows_per_unit, row_units, chunks;
@@ -92,7 +93,7 @@ template <class T>
 void run(const PairView& v, double* scratch, double* out, int threads) {
   const Plan p = make_plan(v);
   const int64_t n = v.positions(), units = p.units();
-  if (units == 1) threads = 1;
+  if (units == 1 || v.rows * n < kSerialWork) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic, 1)

@@ -73,7 +73,9 @@ def test_threads_do_not_change_a_bit(threads):
         (1, 1, 300000),
         (64, 300),
         (1, 257, 9, 40),
-        (8, 100, 14, 14),
+        (16, 200, 14, 14),
+        (8, 96, 28, 28),
+        (2000, 300),
     ]:
         for dtype in (torch.float32, torch.bfloat16):
             for y, dims in layouts(torch.randn(shape).to(dtype)).values():
