@@ -75,15 +75,22 @@ def profile(name: str) -> str:
         "eager_hooks": "with the same statistics from eager hooks",
     }
     lines = [
-        "| ResNet-50, batch " + str(result["batch"]) + " | time | over the forward pass |",
+        "| ResNet-50, batch " + str(result["batch"]) + " | time (p10–p90) | over the forward pass |",
         "|---|--:|--:|",
     ]
     for key, label in rows.items():
         extra = result["overhead"].get(key)
+        t = result["times"][key]
         lines.append(
-            f"| {label} | {result['times'][key]['median_us'] / 1e3:.0f} ms | "
+            f"| {label} | {t['median_us'] / 1e3:.0f} ms ({t['p10_us'] / 1e3:.0f}–{t['p90_us'] / 1e3:.0f}) | "
             f"{'' if extra is None else f'{100 * extra:+.1f} %'} |"
         )
+    lines += [
+        "",
+        "One batch; over the forward pass: the median of the rounds' ratios. The machine's own spread (p10–p90 in "
+        "brackets) is larger than the cost of the convolutions' statistics. Blocks cost most in their first batch, "
+        "whose inputs are copied to see which blocks write into theirs.",
+    ]
     return "\n".join(lines)
 
 
