@@ -98,7 +98,7 @@ def compare_latency(
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
-        stack.enter_context(_threads(threads))
+        stack.enter_context(torch_threads(threads))
         stack.enter_context(torch.inference_mode())
         for model in models.values():
             stack.enter_context(evaluating(model))
@@ -174,7 +174,8 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """``threads`` CPU threads of torch inside, where given; as before afterwards."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ from ..complexity import count_macs, count_params
 from ..compress import CompressionResult, StepRecord, compress, drift
 from ..criteria import flow_divergence, layer_divergence
 from ..errors import ArtifactError, InvalidInputError
-from ..latency import compare_latency
+from ..latency import compare_latency, torch_threads
 from ..profile import profile
 from ..report import (
     StageSummary,
@@ -81,7 +81,7 @@ def run(settings: Settings, console: Console | None = None) -> Outcome:
     _check(settings)
     check_output(settings.output)
     start = time.perf_counter()
-    with _threads(settings.threads):
+    with torch_threads(settings.threads):
         return _run(settings, console, start)
 
 
@@ -410,14 +410,3 @@ class _Display:
             done = (1 - record.macs / self.full) / (1 - self.target) if self.target < 1 else 1.0
             self.bar.update(self.task, completed=min(done, 1.0))
         self.doing("profiling")
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
