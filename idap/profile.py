@@ -15,11 +15,14 @@ from idap_kernels import ChannelStats, PairStats, channel_stats, pair_stats
 from idap_kernels.dispatch import ACTIVATION_CODES, check_backend_name
 
 from . import inputs as _inputs
-from .errors import EmptyDataError, ForwardError, InvalidInputError, NonFiniteError
+from .adapters import multihead as _multihead
+from .errors import EmptyDataError, ForwardError, GraphError, InvalidInputError, NonFiniteError
 from .inputs import Inputs
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+    from .heads import AttentionHeads
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -56,34 +59,44 @@ class ActivationProfile:
         blocks: input and output of each removable block, compared sample by sample.
         samples: samples seen.
         batches: batches seen.
+        inputs: statistics of what enters each layer asked for, per input channel, without an activation.
+        heads: where the heads of each attention are, by module name; what enters their output projections
+            is in ``inputs``.
     """
 
     layers: dict[str, ChannelStats] = field(default_factory=dict)
     blocks: dict[str, PairStats] = field(default_factory=dict)
     samples: int = 0
     batches: int = 0
+    inputs: dict[str, ChannelStats] = field(default_factory=dict)
+    heads: dict[str, AttentionHeads] = field(default_factory=dict)
 
     def merge(self, other: ActivationProfile) -> ActivationProfile:
         """The profile of both parts of the data, as a new object; equal to one pass over all of it.
 
         Raises:
-            InvalidInputError: the profiles are of different layers or blocks.
+            InvalidInputError: the profiles are of different layers, blocks or heads.
         """
         if not isinstance(other, ActivationProfile):
             raise InvalidInputError(f"merge needs an ActivationProfile, got {type(other).__name__}")
         for what, mine, theirs in (
             ("layers", self.layers.keys(), other.layers.keys()),
             ("blocks", self.blocks.keys(), other.blocks.keys()),
+            ("inputs", self.inputs.keys(), other.inputs.keys()),
         ):
             if mine != theirs:
                 raise InvalidInputError(
                     f"the profiles have different {what}: only one has {sorted(mine ^ theirs)[:5]}"
                 )
+        if self.heads != other.heads:
+            raise InvalidInputError("the profiles have different heads: profile with the same heads=")
         return ActivationProfile(
             {name: stats.merge(other.layers[name]) for name, stats in self.layers.items()},
             {name: stats.merge(other.blocks[name]) for name, stats in self.blocks.items()},
             self.samples + other.samples,
             self.batches + other.batches,
+            {name: stats.merge(other.inputs[name]) for name, stats in self.inputs.items()},
+            dict(self.heads),
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> ActivationProfile:
@@ -96,12 +109,13 @@ class ActivationProfile:
 
         layers = {name: stats.all_reduce(group) for name, stats in self.layers.items()}
         blocks = {name: stats.all_reduce(group) for name, stats in self.blocks.items()}
-        states = [stats.state for stats in layers.values()] + [stats.state for stats in blocks.values()]
+        inputs = {name: stats.all_reduce(group) for name, stats in self.inputs.items()}
+        states = [stats.state for part in (layers, blocks, inputs) for stats in part.values()]  # type: ignore[attr-defined]
         device = states[0].device if states else None
         counts = torch.tensor([self.samples, self.batches], device=device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts, group=group)
-        return ActivationProfile(layers, blocks, int(counts[0]), int(counts[1]))
+        return ActivationProfile(layers, blocks, int(counts[0]), int(counts[1]), inputs, dict(self.heads))
 
     def state_dict(self) -> dict[str, Any]:
         """The profile as data: tensors, strings and numbers only."""
@@ -110,6 +124,8 @@ class ActivationProfile:
             "blocks": {name: stats.state_dict() for name, stats in self.blocks.items()},
             "samples": self.samples,
             "batches": self.batches,
+            "inputs": {name: stats.state_dict() for name, stats in self.inputs.items()},
+            "heads": {name: heads.to_dict() for name, heads in self.heads.items()},
         }
 
     @classmethod
@@ -119,6 +135,8 @@ class ActivationProfile:
         Raises:
             InvalidInputError: an entry is missing or malformed.
         """
+        from .heads import AttentionHeads
+
         missing = {"layers", "blocks", "samples", "batches"} - state_dict.keys()
         if missing:
             raise InvalidInputError(f"the state dictionary lacks {', '.join(sorted(missing))}")
@@ -127,6 +145,8 @@ class ActivationProfile:
             {name: PairStats.from_state_dict(d) for name, d in state_dict["blocks"].items()},
             int(state_dict["samples"]),
             int(state_dict["batches"]),
+            {name: ChannelStats.from_state_dict(d) for name, d in state_dict.get("inputs", {}).items()},
+            {name: AttentionHeads.from_dict(d) for name, d in state_dict.get("heads", {}).items()},
         )
 
     def __repr__(self) -> str:
@@ -142,6 +162,8 @@ def profile(
     *,
     layers: Sequence[str] | None = None,
     blocks: Sequence[str] | None = None,
+    inputs: Sequence[str] = (),
+    heads: Mapping[str, AttentionHeads] | Sequence[AttentionHeads] | None = None,
     activation: str = "relu",
     backend: str = "auto",
     progress: bool = True,
@@ -162,6 +184,11 @@ def profile(
             being the batch's size and its first no multiple of it.
         blocks: names of the blocks to measure; ``None`` for every removable block, found by running a copy
             of the model on one sample of the first batch; ``()`` for none.
+        inputs: names of layers whose inputs are measured too, without an activation; what mean compensation
+            needs (:func:`idap.calibration.compensate`).
+        heads: the attention heads to measure, as :func:`idap.heads.find_heads` gives them; ``None`` for those
+            of every attention, found by running a copy of the model on one sample of the first batch (none if
+            its channels cannot be followed, or with ``forward``); ``()`` for none.
         activation: the ``σ`` of the flow norm: ``relu``, ``identity``, ``gelu`` or ``silu``.
         backend: passed to the kernels; see :func:`idap_kernels.available_backends`.
         progress: show a progress bar on a terminal.
@@ -181,7 +208,8 @@ def profile(
     modules = dict(model.named_modules())
     scored = [name for name, module in modules.items() if is_scored(module)]
     layer_names = scored if layers is None else _known(layers, modules)
-    unscored = [name for name in layer_names if name not in scored]
+    input_names = _known(inputs, modules)
+    unscored = [name for name in (*layer_names, *input_names) if name not in scored]
     if unscored:
         kind = type(modules[unscored[0]]).__name__
         raise InvalidInputError(
@@ -196,6 +224,11 @@ def profile(
     batch = _inputs.without_inference(batch)
     if block_names is None:
         block_names = _discover_blocks(model, batch) if forward is None else []
+    if heads is not None:
+        attention = _known_heads(heads, modules)
+    else:
+        attention = _discover_heads(model, batch) if forward is None else {}
+    input_names = list(dict.fromkeys((*input_names, *(own.output.layer for own in attention.values()))))
     recorder = _Recorder(activation, backend)
     run = forward or _inputs.call
     index = 0
@@ -203,7 +236,8 @@ def profile(
         torch.inference_mode(False),  # versions tell which blocks write into their input
         torch.no_grad(),
         _inputs.evaluating(model),
-        recorder.attached(modules, layer_names, block_names),
+        _multihead.projections_called(model, input_names),
+        recorder.attached(modules, layer_names, block_names, input_names),
         _progress_bar(batches, progress) as advance,
     ):
         while True:
@@ -221,7 +255,9 @@ def profile(
                 batch = _inputs.without_inference(next(iterator))
             except StopIteration:
                 break
-    return recorder.result()
+    result = recorder.result()
+    result.heads = {name: own for name, own in attention.items() if own.output.layer in result.inputs}
+    return result
 
 
 def _check_model(model: nn.Module) -> None:
@@ -268,14 +304,43 @@ def _batch_size(batch: Any, custom: bool, index: int) -> int:
 def _discover_blocks(model: nn.Module, batch: Any) -> list[str]:
     from .layers import find_blocks
 
-    size = _inputs.batch_size_of(batch)
-    one = _inputs.map_tensors(batch, lambda t: t[:1] if t.dim() > 0 and t.shape[0] == size else t)
     try:
-        return [block.name for block in find_blocks(model, one)]
+        return [block.name for block in find_blocks(model, _one_sample(batch))]
     except InvalidInputError:
         raise
     except Exception as error:
         raise ForwardError(_forward_message(model, batch, 0, error)) from error
+
+
+def _known_heads(heads: Any, modules: Mapping[str, nn.Module]) -> dict[str, AttentionHeads]:
+    from .heads import AttentionHeads
+
+    given = list(heads.values() if isinstance(heads, Mapping) else heads)
+    bad = next((own for own in given if not isinstance(own, AttentionHeads)), None)
+    if bad is not None:
+        raise InvalidInputError(
+            f"heads: got {type(bad).__name__}, wanted what idap.heads.find_heads(model, scan) gives"
+        )
+    _known([name for own in given for name in (own.name, own.output.layer)], modules)
+    return {own.name: own for own in given}
+
+
+def _discover_heads(model: nn.Module, batch: Any) -> dict[str, AttentionHeads]:
+    from .adapters.attention import attention_modules
+    from .groups import find_groups
+    from .heads import find_heads
+
+    if not attention_modules(model):
+        return {}
+    try:
+        return find_heads(model, find_groups(model, _one_sample(batch)))
+    except GraphError:
+        return {}  # the pass itself tells what is wrong with the model, if anything is
+
+
+def _one_sample(batch: Any) -> Any:
+    size = _inputs.batch_size_of(batch)
+    return _inputs.map_tensors(batch, lambda t: t[:1] if t.dim() > 0 and t.shape[0] == size else t)
 
 
 def _forward_message(model: nn.Module, batch: Any, index: int, error: Exception) -> str:
@@ -321,6 +386,7 @@ class _Recorder:
         self.backend = backend
         self.layers: dict[str, ChannelStats] = {}
         self.blocks: dict[str, list[PairStats]] = {}
+        self.inputs: dict[str, ChannelStats] = {}
         self.samples = 0
         self.batches = 0
         self.batch_size = 0
@@ -331,12 +397,19 @@ class _Recorder:
 
     @contextmanager
     def attached(
-        self, modules: Mapping[str, nn.Module], layers: Sequence[str], blocks: Sequence[str]
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Sequence[str],
+        blocks: Sequence[str],
+        inputs: Sequence[str],
     ) -> Iterator[None]:
         handles = []
         try:
             for name in layers:
                 handles.append(modules[name].register_forward_hook(self.layer_hook(name, modules[name])))
+            for name in inputs:
+                hook = self.input_hook(name, modules[name])
+                handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
             for name in blocks:
                 before, after = self.block_hooks(name)
                 handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
@@ -355,12 +428,30 @@ class _Recorder:
         return y.dim() == 3 and y.shape[1] == self.batch_size and y.shape[0] % self.batch_size != 0
 
     def layer_hook(self, name: str, module: nn.Module) -> Callable[..., None]:
+        measure = self.measure(name, module, self.layers, self.activation)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            measure(_inputs.first_tensor(output))
+
+        return hook
+
+    def input_hook(self, name: str, module: nn.Module) -> Callable[..., None]:
+        measure = self.measure(name, module, self.inputs, "identity")
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            measure(_inputs.first_tensor((args, kwargs)))
+
+        return hook
+
+    def measure(
+        self, name: str, module: nn.Module, into: dict[str, ChannelStats], activation: str
+    ) -> Callable[[Tensor | None], None]:
+        """A function that adds one tensor, an input or an output of the layer, to its statistics."""
         convolution = isinstance(module, CONVOLUTIONS)
         weight = module.weight
         rank = weight.dim() if convolution and isinstance(weight, Tensor) else 2
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            y = _inputs.first_tensor(output)
+        def add(y: Tensor | None) -> None:
             if y is None or y.numel() == 0:
                 return
             if y.dim() < rank:
@@ -369,18 +460,18 @@ class _Recorder:
             if not convolution and self.sequence_first(y):
                 sample_dim = 1
             try:
-                self.layers[name] = channel_stats(
+                into[name] = channel_stats(
                     y,
                     channel_dim=1 if convolution else -1,
                     sample_dim=sample_dim,
-                    activation=self.activation,
-                    out=self.layers.get(name),
+                    activation=activation,
+                    out=into.get(name),
                     backend=self.backend,
                 )
             except Exception as error:
                 raise _Stop(error) from error
 
-        return hook
+        return add
 
     def block_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -445,7 +536,7 @@ class _Recorder:
             name: PairStats(torch.cat([part.state for part in parts], dim=1))
             for name, parts in self.blocks.items()
         }
-        return ActivationProfile(dict(self.layers), blocks, self.samples, self.batches)
+        return ActivationProfile(dict(self.layers), blocks, self.samples, self.batches, dict(self.inputs))
 
 
 __all__ = ["ActivationProfile", "Inputs", "is_scored", "profile"]
