@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,9 +35,39 @@ def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     Counted by :class:`torch.utils.flop_counter.FlopCounterMode` (matrix products, convolutions and
     attention; two operations a multiply-accumulate), in evaluation mode and without gradients.
     """
+    return macs_by_module(model, example_inputs, ())[0]
+
+
+def macs_by_module(
+    model: nn.Module, example_inputs: Inputs, names: Iterable[str]
+) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of one forward pass, counted as :func:`count_macs` does.
+
+    Returns:
+        Those of the whole model, and those inside each of the named modules, over all of its calls.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # here, since it imports Triton
 
     counter = FlopCounterMode(display=False)
-    with _no_mha_fast_path(), _inputs.evaluating(model), torch.no_grad(), counter:
-        _inputs.call(model, _inputs.to_model(example_inputs, model))
-    return int(counter.get_total_flops()) // 2
+    inside: dict[str, int] = dict.fromkeys(names, 0)
+    handles: list[Any] = []
+
+    def watch(name: str) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            inside[name] -= int(counter.get_total_flops())
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            inside[name] += int(counter.get_total_flops())
+
+        module = model.get_submodule(name)
+        handles.extend((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
+
+    try:
+        for name in inside:
+            watch(name)
+        with _no_mha_fast_path(), _inputs.evaluating(model), torch.no_grad(), counter:
+            _inputs.call(model, _inputs.to_model(example_inputs, model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return int(counter.get_total_flops()) // 2, {name: flops // 2 for name, flops in inside.items()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -19,6 +20,8 @@ from torch.nn.modules.conv import _ConvNd
 from . import complexity
 from . import inputs as _inputs
 from . import plan as _plan
+from .adapters.attention import count_heads
+from .adapters.multihead import projections_called
 from .errors import (
     IdapError,
     InvalidInputError,
@@ -27,13 +30,14 @@ from .errors import (
     SurgeryError,
     TargetUnreachableError,
 )
-from .groups import Group, Ignore, Member, Skipped, find_groups
+from .groups import Group, GroupScan, Ignore, Member, Skipped, find_groups, is_head_group, side_size
 from .inputs import Inputs
-from .plan import Cost, PruningPlan
+from .plan import ChannelRemoval, Cost, PruningPlan
 
 Floats = NDArray[np.float64]
-_SCORED = ("conv_out", "depthwise", "linear_out", "embedding")
-_REDUCTIONS: dict[str, Callable[[Floats], Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
+_HEADS = ("heads", "mha")
+_SCORED = ("conv_out", "depthwise", "linear_out", "embedding", *_HEADS)
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -42,7 +46,7 @@ _REDUCTIONS: dict[str, Callable[[Floats], Any]] = {"mean": np.mean, "sum": np.su
 
 
 def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, Floats]:
-    """Scores as float64 arrays, one number an output channel of each layer.
+    """Scores as float64 arrays, one number an output channel of each layer, or a head of each attention.
 
     Raises:
         InvalidInputError: if the scores are no mapping, a name is no layer of the model, or a score is no
@@ -72,7 +76,7 @@ def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, Fl
                 for key in ("out_channels", "out_features", "embedding_dim")
                 if hasattr(module, key)
             ),
-            None,
+            count_heads(module),
         )
         if values.ndim != 1 or (isinstance(width, int) and len(values) != width):
             raise InvalidInputError(
@@ -92,26 +96,30 @@ def group_scores(group: Group, scores: Mapping[str, Floats], reduction: str = "m
     """One score a unit, shape (group.size,): reduced over the unit's channels in a member, then over members.
 
     Members without scores do not contribute. None if no member has scores; NaN for a unit that none of the
-    scored members has channels of.
+    scored members has channels of. Where the units are attention heads and the attention module has scores,
+    these alone count, and not those of the channels that make queries, keys and values.
     """
     reduce_ = _REDUCTIONS[reduction]
     rows: list[Floats] = []
-    for member in group.members:
-        if member.kind in _SCORED and member.layer in scores:
-            values = scores[member.layer]
-            if len(values) != member.size:
-                raise InvalidInputError(
-                    f"scores[{member.layer!r}]: got {len(values)} numbers, wanted {member.size}"
-                )
-            rows.append(
-                np.array(
-                    [reduce_(values[list(unit)]) if unit else np.nan for unit in member.units],
-                    dtype=np.float64,
-                )
+    scored = [member for member in group.members if member.kind in _SCORED and member.layer in scores]
+    heads = [member for member in scored if member.kind in _HEADS]
+    for member in heads or scored:
+        values = scores[member.layer]
+        if len(values) != member.size:
+            raise InvalidInputError(
+                f"scores[{member.layer!r}]: got {len(values)} numbers, wanted {member.size}"
             )
+        widths = {len(unit) for unit in member.units}
+        if len(widths) == 1 and 0 not in widths:
+            rows.append(reduce_(values[np.array(member.units)], axis=1))
+        else:
+            each = [reduce_(values[list(unit)]) if unit else np.nan for unit in member.units]
+            rows.append(np.array(each, dtype=np.float64))
     if not rows:
         return None
     table = np.stack(rows)
+    if not np.isnan(table).any():
+        return np.asarray(reduce_(table, axis=0), dtype=np.float64)
     result = np.full(group.size, np.nan)
     for unit in range(group.size):
         present = table[:, unit][~np.isnan(table[:, unit])]
@@ -185,12 +193,12 @@ def rank_units(
     return Ranking(groups[ranks], units[ranks])
 
 
-def removal_order(group: Group, scores: Floats, max_ratio: float) -> NDArray[np.int64]:
+def removal_order(group: Group, scores: Floats, max_ratio: float, min_width: int = 1) -> NDArray[np.int64]:
     """The units that may go one after another, lowest score first.
 
     After a channel shuffle or a split, a layer holds channels of some units only. A unit that would leave such
-    a layer with less than one channel, or less than the share ``1 - max_ratio`` of those it has in the group,
-    is passed over, and the next one considered.
+    a layer with less than ``min_width`` channels, or less than the share ``1 - max_ratio`` of those it has in
+    the group, is passed over, and the next one considered.
 
     Args:
         scores: (group.size,), as :func:`group_scores` gives them.
@@ -205,7 +213,8 @@ def removal_order(group: Group, scores: Floats, max_ratio: float) -> NDArray[np.
     if not len(held):
         return order
     total = held.sum(axis=1)
-    spare = total - np.maximum(1, np.ceil(total * (1.0 - max_ratio) - 1e-9)).astype(np.int64)
+    least = np.maximum(np.minimum(min_width, total), np.ceil(total * (1.0 - max_ratio) - 1e-9))
+    spare = total - least.astype(np.int64)
     going: list[int] = []
     for unit in order.tolist():
         if (held[:, unit] <= spare).all():
@@ -214,12 +223,13 @@ def removal_order(group: Group, scores: Floats, max_ratio: float) -> NDArray[np.
     return np.array(going, dtype=np.int64)
 
 
-def allowed_removals(size: int, step: int, most: float) -> NDArray[np.int64]:
+def allowed_removals(size: int, step: int, most: float, least: int = 1) -> NDArray[np.int64]:
     """How many of ``size`` units may go, ascending from 0, so that a positive multiple of ``step`` is left.
 
-    A size that is no multiple itself may stay as it is, or fall to a multiple below it.
+    A size that is no multiple itself may stay as it is, or fall to a multiple below it. At least ``least``
+    units stay, and at least the share ``1 - most``.
     """
-    least = max(step, math.ceil(size * (1.0 - most) - 1e-9), 1)
+    least = max(step, math.ceil(size * (1.0 - most) - 1e-9), least, 1)
     widths = [width for width in range(step, size, step) if width >= least]
     return np.array([0, *sorted(size - width for width in widths)], dtype=np.int64)
 
@@ -243,14 +253,22 @@ def _nearest(allowed: NDArray[np.int64], wanted: int) -> int:
 class CostModel:
     """Parameters and multiply-accumulates as functions of how many units each group loses.
 
-    Convolutions and linear layers cost (positions) x (inputs per part) x (outputs) x (kernel); what else a
-    model does stays as it is.
+    Convolutions and linear layers cost (positions) x (inputs per part) x (outputs) x (kernel); the products of
+    queries, keys and values cost in proportion to the heads; what else a model does stays as it is.
+
+    Args:
+        groups: with their units in the order of ``orders``.
+        measured: of the same model, for more groups: what it measured is not measured again.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Inputs, groups: Sequence[Group], orders: Sequence[Any]
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        groups: Sequence[Group],
+        orders: Sequence[Any],
+        measured: CostModel | None = None,
     ):
-        self.base = Cost(complexity.count_params(model), None)
         self._modules = dict(model.named_modules())
         self._parameters = dict(model.named_parameters())
         self._cumulated: list[list[tuple[tuple[str, str, int], NDArray[np.int64]]]] = []
@@ -267,15 +285,30 @@ class CostModel:
         self._kinds: dict[str, list[tuple[str, str, int]]] = {layer: [] for layer in layers}
         for key in self._size:
             self._kinds[key[0]].append(key)
-        self._positions = self._measure(model, example_inputs, layers)
+        self._positions: dict[str, int] = {}
+        self._products_of_heads: dict[str, int] = {}
+        if measured is None:
+            self.base = Cost(complexity.count_params(model), self._measure(model, example_inputs, layers))
+        else:
+            self.base = measured.base
+            self._positions, self._products_of_heads = measured._positions, measured._products_of_heads
         full = dict(self._size)
         self._fixed_params = self.base.params - sum(self._layer_params(layer, full) for layer in layers)
         assert self.base.macs is not None
         self._fixed_macs = self.base.macs - sum(self._layer_macs(layer, full) for layer in layers)
 
-    def _measure(self, model: nn.Module, example_inputs: Inputs, layers: set[str]) -> dict[str, int]:
-        positions: dict[str, int] = {}
+    def _measure(self, model: nn.Module, example_inputs: Inputs, layers: set[str]) -> int:
+        """Multiply-accumulates of the model; on the way the positions of its layers and the products of heads."""
         names = {module: name for name, module in self._modules.items()}
+        attention = {key[0] for key in self._size if key[1] in _HEADS}
+        inner = {
+            owner: [
+                name
+                for name, module in self._modules.items()
+                if isinstance(module, (_ConvNd, nn.Linear)) and (not owner or name.startswith(owner + "."))
+            ]
+            for owner in attention
+        }
 
         def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             result = _inputs.first_tensor(output)
@@ -287,7 +320,7 @@ class CostModel:
                 own = own or result.numel() // module.out_channels
             else:
                 own = result.numel() // int(module.out_features)  # type: ignore[arg-type]
-            positions[names[module]] = positions.get(names[module], 0) + own
+            self._positions[names[module]] = self._positions.get(names[module], 0) + own
 
         handles = [
             self._modules[layer].register_forward_hook(count)
@@ -295,11 +328,14 @@ class CostModel:
             if isinstance(self._modules.get(layer), (_ConvNd, nn.Linear))
         ]
         try:
-            self.base = replace(self.base, macs=complexity.count_macs(model, example_inputs))
+            watched = {name for own in inner.values() for name in own} | attention
+            total, inside = complexity.macs_by_module(model, example_inputs, watched)
         finally:
             for handle in handles:
                 handle.remove()
-        return positions
+        for owner, own in inner.items():
+            self._products_of_heads[owner] = inside[owner] - sum(inside[name] for name in own)
+        return total
 
     def _width(self, layer: str, side: str, left: Mapping[tuple[str, str, int], int]) -> int:
         module = self._modules[layer]
@@ -333,11 +369,16 @@ class CostModel:
             return math.prod(shape)
         total = 0
         for key in self._kinds[layer]:
-            own = sum(parameter.numel() for parameter in module.parameters())
-            total += own // self._size[key] * left[key]
+            # The layers of an attention are counted by themselves; nn.MultiheadAttention has its projections.
+            if key[1] != "heads":
+                own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+                total += own // self._size[key] * left[key]
         return total
 
     def _layer_macs(self, layer: str, left: Mapping[tuple[str, str, int], int]) -> int:
+        if layer in self._products_of_heads:
+            heads = next(key for key in self._kinds[layer] if key[1] in _HEADS)
+            return self._products_of_heads[layer] // self._size[heads] * left[heads]
         return self._positions[layer] * self._products(layer, left)[0] if layer in self._positions else 0
 
     def __call__(self, removed: Sequence[int]) -> Cost:
@@ -357,12 +398,24 @@ class CostModel:
 
 
 def _unit_step(group: Group, round_to: int) -> int:
-    """Units that make a multiple of ``round_to`` channels in every member."""
+    """Units that make a multiple of ``round_to`` channels in every member; a head is a unit whatever its width."""
+    if is_head_group(group):
+        return 1
     per_unit = 0
     for member in group.members:
         for unit in member.units:
             per_unit = math.gcd(per_unit, len(unit))
     return round_to // math.gcd(round_to, per_unit or 1)
+
+
+def _least_units(group: Group, min_width: int) -> int:
+    """Units that leave every layer with ``min_width`` channels, where all units have as many channels in it."""
+    least = 1
+    for member in group.members:
+        widths = {len(unit) for unit in member.units}
+        if member.kind not in _HEADS and len(widths) == 1 and 0 not in widths:
+            least = max(least, -(-min_width // widths.pop()))
+    return least
 
 
 def prune_filters(
@@ -379,8 +432,10 @@ def prune_filters(
     normalize: str | None = "mean",
     reduction: str = "mean",
     max_ratio: float = 0.9,
+    min_width: int = 1,
     exact: bool = True,
     verify: bool = True,
+    groups: GroupScan | None = None,
     time_limit: float = 60.0,
 ) -> PruningPlan:
     """Choose the channels to remove and return them as a plan; ``model`` is not changed.
@@ -390,7 +445,8 @@ def prune_filters(
     of the ranking that meets the target.
 
     Args:
-        scores: per layer name, shape (output channels,); high means important. Layers without scores do not
+        scores: per layer name, shape (output channels,), and per attention module (heads,); high means
+            important. Layers without scores do not
             contribute; groups in which no layer has scores are left alone.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         ratio: share of the units of all prunable groups to remove, in [0, 1); exactly ``round(ratio *
@@ -400,7 +456,7 @@ def prune_filters(
         round_to: what is left of each group is a multiple of this many channels, and at least that many. A
             group whose width is no multiple keeps it or falls to a multiple; one that cannot shrink is
             skipped. A layer that reads only part of a group (after a channel shuffle or a split) keeps at
-            least one channel, but not always a multiple.
+            least one channel, but not always a multiple. Attention heads go one by one, whatever their width.
         ignore: layers whose output channels stay: names or patterns, module classes, modules.
         scope: ``"global"``: one ranking over all groups. ``"local"``: about the same share of every group.
         normalize: for the global ranking: ``"mean"`` divides the scores of a group by their mean, since
@@ -409,14 +465,17 @@ def prune_filters(
         reduction: over the channels of a unit and over the members of a group: ``"mean"``, ``"sum"``,
             ``"max"``.
         max_ratio: the largest share of any one group to remove, also of the part of it that a layer reads.
+        min_width: channels that every layer keeps at least of a group (all it has, if it has fewer).
         exact: leave groups alone whose removal is not exact; see :func:`idap.groups.find_groups`.
         verify: compare the pruned model with the original whose removed contributions are set to zero
             (``exact``), and leave out groups that fail. Without, only the form of the outputs is checked.
+        groups: what :func:`idap.groups.find_groups` gave for this model, so that it is not done again;
+            ``ignore`` and ``time_limit`` then play no part, and the scan tells which groups are exact.
         time_limit: seconds for finding the groups.
 
     Raises:
         InvalidInputError: for arguments out of range, unknown layer names, scores of the wrong length, scores
-            for none of the layers that can be pruned.
+            for none of the layers that can be pruned, groups of another model.
         NonFiniteError: for NaN or infinite scores; names the layer.
         TargetUnreachableError: if the target cannot be met; says how far the removal could go.
         GraphTimeoutError, GraphError: if the groups cannot be found.
@@ -435,6 +494,8 @@ def prune_filters(
         )
     if not (_is_number(max_ratio) and 0.0 < max_ratio <= 1.0):
         raise InvalidInputError(f"max_ratio: got {max_ratio!r}, wanted a share in (0, 1], a plain number")
+    if not isinstance(min_width, int) or isinstance(min_width, bool) or min_width < 1:
+        raise InvalidInputError(f"min_width: got {min_width!r}, wanted a positive whole number of channels")
     for name, target in (("macs", macs), ("params", params)):
         if target is not None:
             _plan.target_count(name, target, 1)
@@ -446,9 +507,12 @@ def prune_filters(
         if value not in known:
             raise InvalidInputError(f"{name}: got {value!r}, wanted one of {known}")
     checked = check_scores(model, scores)
-    scan = find_groups(model, example_inputs, ignore=ignore, exact=exact, time_limit=time_limit)
+    if groups is None:
+        scan = find_groups(model, example_inputs, ignore=ignore, exact=exact, time_limit=time_limit)
+    else:
+        scan = _checked_scan(model, groups)
     skipped = list(scan.skipped)
-    groups: list[Group] = []
+    chosen_from: list[Group] = []
     values: list[Floats] = []
     orders: list[NDArray[np.int64]] = []
     allowed: list[NDArray[np.int64]] = []
@@ -461,38 +525,57 @@ def prune_filters(
         if np.isnan(own).any():
             skipped.append(Skipped(group.root, group.size, "no scores for some of its channels"))
             continue
-        order = removal_order(group, own, max_ratio)
-        removals = allowed_removals(group.size, _unit_step(group, round_to), max_ratio)
+        order = removal_order(group, own, max_ratio, min_width)
+        removals = allowed_removals(
+            group.size, _unit_step(group, round_to), max_ratio, _least_units(group, min_width)
+        )
         removals = removals[removals <= len(order)]
         if len(removals) == 1:
-            skipped.append(
-                Skipped(
-                    group.root,
-                    group.size,
-                    f"cannot shrink with round_to={round_to} and max_ratio={max_ratio:g}",
-                )
-            )
+            limits = f"round_to={round_to}, max_ratio={max_ratio:g} and min_width={min_width}"
+            skipped.append(Skipped(group.root, group.size, f"cannot shrink with {limits}"))
         else:
-            groups.append(group)
+            chosen_from.append(group)
             values.append(own)
             orders.append(order)
             allowed.append(removals)
+    cost: CostModel | None = None
     while True:
-        chosen, cost = _decide(
-            model, example_inputs, groups, values, orders, allowed, ratio, macs, params, scope, normalize
-        )
+        cost = CostModel(model, example_inputs, chosen_from, orders, cost)
+        chosen = _decide(chosen_from, values, orders, allowed, cost, ratio, macs, params, scope, normalize)
         plan = PruningPlan(type(model).__name__, (), cost.base, cost.base, tuple(skipped))
         if not chosen:
             return plan
         plan = replace(plan, steps=(_plan.channel_step(chosen),))
+        after = _proved(model, plan, example_inputs, exact and verify)
+        if after is not None:
+            return replace(plan, after=after)
         pruned, failures = _examine(model, plan, chosen, example_inputs, exact and verify)
         if not failures:
             assert pruned is not None
             return replace(plan, after=_plan.measure(pruned, example_inputs))
         for group, reason in failures:
-            number = next(i for i, other in enumerate(groups) if other is group)
-            del groups[number], values[number], orders[number], allowed[number]
+            number = next(i for i, other in enumerate(chosen_from) if other is group)
+            del chosen_from[number], values[number], orders[number], allowed[number]
             skipped.append(Skipped(group.root, group.size, reason))
+
+
+def _checked_scan(model: nn.Module, scan: GroupScan) -> GroupScan:
+    if not isinstance(scan, GroupScan):
+        raise InvalidInputError(
+            f"groups: got {type(scan).__name__}, wanted what idap.groups.find_groups gives for this model"
+        )
+    for group in scan.groups:
+        for member in group.members:
+            try:
+                size = side_size(model, member.layer, member.kind, member.dim)
+            except PlanMismatchError as error:
+                raise InvalidInputError(f"groups: found on another model: {error}") from error
+            if size != member.size:
+                raise InvalidInputError(
+                    f"groups: found on another model: {member.layer} has {size} channels ({member.kind}), "
+                    f"in the scan {member.size}; call find_groups on this one"
+                )
+    return scan
 
 
 def _is_number(value: object) -> bool:
@@ -510,21 +593,19 @@ def _check_coverage(model: nn.Module, groups: Sequence[Group], scores: Mapping[s
 
 
 def _decide(
-    model: nn.Module,
-    example_inputs: Inputs,
     groups: Sequence[Group],
     values: Sequence[Floats],
     orders: Sequence[NDArray[np.int64]],
     allowed: Sequence[NDArray[np.int64]],
+    cost: CostModel,
     ratio: float | None,
     macs: float | int | None,
     params: float | int | None,
     scope: str,
     normalize: str | None,
-) -> tuple[list[tuple[Group, list[int]]], CostModel]:
+) -> list[tuple[Group, list[int]]]:
     capacity = [int(own[-1]) for own in allowed]
     ranking = rank_units(values, capacity, scope=scope, normalize=normalize, orders=orders)
-    cost = CostModel(model, example_inputs, groups, orders)
 
     def removed(length: int) -> list[int]:
         counts = np.bincount(ranking.groups[:length], minlength=len(groups))
@@ -557,12 +638,11 @@ def _decide(
             )
         length = bisect_left(lengths, -wanted, key=lambda n: -getattr(cost(removed(n)), name))
     counts = removed(length)
-    chosen = [
+    return [
         (group, [int(unit) for unit in order[:count]])
         for group, order, count in zip(groups, orders, counts, strict=True)
         if count
     ]
-    return chosen, cost
 
 
 # ------------------------------------------------------------------------------------------------
@@ -572,6 +652,72 @@ def _decide(
 _Chosen = list[tuple[Group, list[int]]]
 # Halving finds a few faulty groups among hundreds in this many; more means that the check itself makes no sense.
 _MOST_TRIES = 64
+# Relative error of the outputs that rounding in single precision makes at most.
+_CLEARLY = 1e-4
+_BREAKS = "its removal breaks the model"
+
+
+def _proved(model: nn.Module, plan: PruningPlan, example_inputs: Inputs, exact: bool) -> Cost | None:
+    """The cost of the pruned model if it clearly does what it should, in one pass of it and one of a reference.
+
+    None if not, or not clearly: :func:`_examine` then finds out what is wrong.
+    """
+    outputs: list[Any] = []
+    try:
+        pruned = plan.apply(model)
+        handle = pruned.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            after = _plan.measure(pruned, example_inputs)
+        finally:
+            handle.remove()
+        with (
+            _contributions_zeroed(model, plan if exact else None),
+            _inputs.evaluating(model),
+            torch.no_grad(),
+        ):
+            wanted = _inputs.call(model, _inputs.to_model(example_inputs, model))
+    except Exception:
+        return None
+    pairs = list(zip(_inputs.outputs_of(wanted), _inputs.outputs_of(outputs[-1]), strict=False))
+    if len(pairs) != len(_inputs.outputs_of(wanted)) or len(pairs) != len(_inputs.outputs_of(outputs[-1])):
+        return None
+    for (path, old), (other, new) in pairs:
+        if path != other or old.shape != new.shape or old.dtype != new.dtype:
+            return None
+        if not torch.isfinite(old).all() or not torch.isfinite(new).all():
+            return None
+        if exact and old.is_floating_point() and old.numel():
+            old, new = old.double(), new.double()
+            if not (new - old).abs().max() <= _CLEARLY * old.abs().max():
+                return None
+    return after
+
+
+@contextmanager
+def _contributions_zeroed(model: nn.Module, plan: PruningPlan | None) -> Iterator[None]:
+    """Hooks that set to zero what the layers of ``model`` read of the removed channels of a one-step plan."""
+
+    def hook(mask: Tensor) -> Callable[..., tuple[Any, ...]]:
+        return lambda module, args: (args[0] * mask.to(args[0]), *args[1:])
+
+    handles: list[Any] = []
+    readers: list[str] = []
+    try:
+        for removal in plan.steps[0].removals if plan is not None else ():
+            if not isinstance(removal, ChannelRemoval) or removal.kind not in ("conv_in", "linear_in"):
+                continue
+            module = model.get_submodule(removal.layer)
+            mask = torch.ones(removal.size)
+            mask[list(removal.removed)] = 0
+            if isinstance(module, _ConvNd):
+                mask = mask.view(-1, *[1] * len(module.kernel_size))
+            handles.append(module.register_forward_pre_hook(hook(mask)))
+            readers.append(removal.layer)
+        with projections_called(model, readers):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _examine(
@@ -597,8 +743,20 @@ def _examine(
     def narrow(part: _Chosen, problem: str) -> list[tuple[Group, str]]:
         if len(part) == 1:
             return [(part[0][0], problem)]
+        classes = {_head_class(model, group) for group, _ in part}
+        if len(classes) > 1:
+            # Attention modules of one class fail alike, when their forward pass keeps the number of heads.
+            heads = [item for item in part if is_head_group(item[0])]
+            others = [item for item in part if not is_head_group(item[0])]
+            parts = [sub for sub in (heads, others) if sub]
+        elif None not in classes and _BREAKS in problem and fails(part[:1]) and fails(part[-1:]):
+            return [(group, problem) for group, _ in part]
+        else:
+            parts = []
         found: list[tuple[Group, str]] = []
-        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+        if len(parts) < 2:
+            parts = [part[: len(part) // 2], part[len(part) // 2 :]]
+        for half in parts:
             trouble = fails(half)
             if trouble is not None:
                 found += narrow(half, trouble)
@@ -608,17 +766,22 @@ def _examine(
     return None, narrow(chosen, problem)
 
 
+def _head_class(model: nn.Module, group: Group) -> type[nn.Module] | None:
+    member = next((member for member in group.members if member.kind in _HEADS), None)
+    return None if member is None else type(model.get_submodule(member.layer))
+
+
 def _try(
     model: nn.Module, plan: PruningPlan, example_inputs: Inputs, exact: bool
 ) -> tuple[nn.Module | None, str | None]:
     try:
         pruned = plan.apply(model, example_inputs)
     except (SurgeryError, PlanMismatchError) as error:
-        return None, f"its removal breaks the model: {error}"
+        return None, f"{_BREAKS}: {error}"
     if not exact:
         return pruned, None
     error_found = plan.exactness_error(model, example_inputs)
-    limit = 1e-4
+    limit = _CLEARLY
     if not error_found <= limit:
         # Rounding or a wrong result: double precision tells them apart.
         try:

@@ -11,7 +11,7 @@ Torch-Pruning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -24,6 +24,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import inputs as _inputs
+from .adapters import attention as _attention
+from .adapters import multihead as _multihead
 from .errors import GraphError, InvalidInputError, PlanMismatchError
 from .inputs import Inputs
 from .tracing import (
@@ -51,7 +53,9 @@ class Member:
         layer: qualified name of the module, or of the parameter for the kind ``"parameter"``.
         kind: how the layer is cut: ``conv_out``, ``conv_in``, ``depthwise``, ``linear_out``, ``linear_in``,
             ``bn``, ``frozen_bn``, ``layernorm``, ``groupnorm``, ``instancenorm``, ``prelu``, ``embedding``,
-            ``parameter``.
+            ``parameter``. An attention module is a member too, whose channels are its heads: ``heads`` if
+            layers of their own make and read them (what is cut are the module's attributes), ``mha`` for
+            ``nn.MultiheadAttention``, whose projections are cut with it.
         size: channels of that side in the whole layer.
         units: for each unit of the group, the channels of this side that go with it (possibly none).
         dim: the dimension that is cut, for the kind ``"parameter"``; else 0.
@@ -98,20 +102,12 @@ class GroupScan:
     skipped: list[Skipped]
 
 
-def _attention_modules(model: nn.Module) -> set[str]:
-    """Modules that split their channels over heads."""
-    words = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
-    hints = ("attention", "attn", "mhsa", "mha")
-    inner = {"qkv", "q", "query", "q_proj", "to_q", "to_qkv", "c_attn", "in_proj", "q_lin", "Wqkv"}
-    found = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found.add(name)
-        elif any(isinstance(vars(module).get(word), int) for word in words):
-            children = {child for child, _ in module.named_children()}
-            if any(hint in type(module).__name__.lower() for hint in hints) or children & inner:
-                found.add(name)
-    return found
+_HEAD_KINDS = ("heads", "mha")
+
+
+def is_head_group(group: Group) -> bool:
+    """Whether the units of a group are heads of an attention (or heads that share keys and values)."""
+    return any(member.kind in _HEAD_KINDS for member in group.members)
 
 
 def _matches(name: str, module: nn.Module | None, owners: Sequence[tuple[str, nn.Module]], rule: Any) -> bool:
@@ -285,21 +281,88 @@ def _collect(
         for label in np.unique(labels_of(noted)).tolist():
             if label in parent and why not in notes[find(label)]:
                 notes[find(label)].append(why)
-    attention = _attention_modules(model)
-    groups: list[Group] = []
-    skipped: list[Skipped] = []
+    found: list[tuple[str, int, list[Member], str | None]] = []
+    attention = _attention.attention_modules(model)
     for group, first in roots.items():
+        parts, obstacle = _with_heads(members[group], attention, trace.order)
         size = len(unit_numbers[group])
-        reason = _reason(members[group], size, notes[group], covered, attention, exact)
-        if reason is None:
-            groups.append(Group(first, size, tuple(members[group])))
-        else:
-            skipped.append(Skipped(first, size, reason))
-    return GroupScan(groups, skipped)
+        reason = _reason(parts, size, notes[group], covered, obstacle, exact)
+        found.append((first, size, parts, reason))
+    for name in trace.order:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.MultiheadAttention):
+            parts, obstacle = _multihead_members(name, module)
+            size = module.num_heads
+            found.append((name, size, parts, _reason(parts, size, [], covered, obstacle, exact)))
+    followed = [root for root, *_ in found] + [
+        m.layer for _, _, own, _ in found for m in own if m.kind == "heads"
+    ]
+    for name, heads in attention.items():
+        if not any(not name or layer == name or layer.startswith(f"{name}.") for layer in followed):
+            found.append((name, heads, [], "attention heads: what makes and reads them is not followed"))
+    found.sort(key=lambda entry: trace.order.get(entry[0], len(trace.order)))
+    return GroupScan(
+        [Group(root, size, tuple(parts)) for root, size, parts, reason in found if reason is None],
+        [Skipped(root, size, reason) for root, size, _, reason in found if reason is not None],
+    )
+
+
+def _with_heads(
+    members: list[Member], attention: Mapping[str, int], order: Mapping[str, int]
+) -> tuple[list[Member], str | None]:
+    """The members, with the attention modules whose heads they are made for; or why they are no heads."""
+    makers: dict[str, list[Member]] = {}
+    for member in members:
+        if member.kind.endswith("_in") or member.kind == "parameter":
+            continue
+        owners = [name for name in attention if not name or member.layer.startswith(name + ".")]
+        if owners:
+            makers.setdefault(max(owners, key=len), []).append(member)
+    heads: list[Member] = []
+    for name, own in makers.items():
+        size = attention[name]
+        made = max(order.get(member.layer, 0) for member in own)
+        readers = [
+            units
+            for member in members
+            if member.kind in ("linear_in", "conv_in") and order.get(member.layer, 0) > made
+            if (units := _whole_heads(member, size)) is not None
+        ]
+        if not readers or any(not unit for member in own for unit in member.units):
+            return members, f"attention heads: only whole heads are removed from {name or 'the model'}"
+        heads.append(Member(name, "heads", size, readers[0]))
+    # First, so that a plan sets the attributes while the layers are as wide as these say.
+    return heads + members, None
+
+
+def _whole_heads(member: Member, heads: int) -> tuple[tuple[int, ...], ...] | None:
+    """Which heads each unit is, by the channels that the output projection reads; None if they are not whole."""
+    width, rest = divmod(member.size, heads)
+    if rest:
+        return None
+    units: list[tuple[int, ...]] = []
+    for channels in member.units:
+        own = tuple(sorted({channel // width for channel in channels}))
+        if not own or len(channels) != width * len(own):
+            return None
+        units.append(own)
+    return tuple(units) if sorted(head for unit in units for head in unit) == list(range(heads)) else None
+
+
+def _multihead_members(name: str, module: nn.MultiheadAttention) -> tuple[list[Member], str | None]:
+    if not _multihead.supports(module):
+        return [], f"attention heads: {type(module).__name__} is not a plain nn.MultiheadAttention"
+    size, width = module.num_heads, module.head_dim
+    columns = tuple(tuple(range(head * width, (head + 1) * width)) for head in range(size))
+    projection = f"{name}.out_proj" if name else "out_proj"
+    return [
+        Member(name, "mha", size, tuple((head,) for head in range(size))),
+        Member(projection, "linear_in", size * width, columns),
+    ], None
 
 
 def _reason(
-    members: list[Member], size: int, notes: list[str], covered: set[str], attention: set[str], exact: bool
+    members: list[Member], size: int, notes: list[str], covered: set[str], obstacle: str | None, exact: bool
 ) -> str | None:
     hard = [note for note in notes if INEXACT not in note]
     for note in hard:
@@ -308,19 +371,15 @@ def _reason(
     for member in members:
         if member.layer in covered and not member.kind.endswith("_in"):
             return f"ignored on request ({member.layer})"
-    for member in members:
-        owner = next(
-            (name for name in attention if member.layer.startswith(name + ".") or member.layer == name), None
-        )
-        if owner is not None and not member.kind.endswith("_in"):
-            return f"attention heads: needs a head-aware adapter ({owner})"
+    if obstacle is not None:
+        return obstacle
     if hard:
         return hard[0]
     if exact and notes:
         return notes[0]
     if size < 2:
         return "only one unit is left" if size else "no units"
-    if not any(member.kind in ("conv_out", "linear_out") for member in members):
+    if not any(member.kind in ("conv_out", "linear_out", "mha") for member in members):
         return "no convolution or linear layer makes its channels"
     return None
 
@@ -331,18 +390,19 @@ def _reason(
 
 _KINDS = (
     "conv_out", "conv_in", "depthwise", "linear_out", "linear_in", "bn", "frozen_bn", "layernorm",
-    "groupnorm", "instancenorm", "prelu", "embedding", "parameter",
+    "groupnorm", "instancenorm", "prelu", "embedding", "parameter", *_HEAD_KINDS,
 )  # fmt: skip
 
 _CLASSES: dict[str, type[nn.Module]] = {
     "conv_out": _ConvNd, "conv_in": _ConvNd, "depthwise": _ConvNd, "linear_out": nn.Linear,
     "linear_in": nn.Linear, "bn": _BatchNorm, "layernorm": nn.LayerNorm, "groupnorm": nn.GroupNorm,
     "instancenorm": _InstanceNorm, "prelu": nn.PReLU, "embedding": nn.Embedding,
+    "mha": nn.MultiheadAttention,
 }  # fmt: skip
 
 
 def side_size(model: nn.Module, layer: str, kind: str, dim: int = 0) -> int:
-    """Channels that one side of a layer has now.
+    """Channels that one side of a layer has now; for ``heads`` and ``mha`` the heads of the module.
 
     Raises:
         PlanMismatchError: if the model has no such layer, or one of another class.
@@ -368,17 +428,27 @@ def side_size(model: nn.Module, layer: str, kind: str, dim: int = 0) -> int:
         raise PlanMismatchError(
             f"{layer}: the plan cuts this layer, the model has none of that name"
         ) from None
+    if kind == "heads":
+        heads = _attention.count_heads(module)
+        if heads is None:
+            raise PlanMismatchError(
+                f"{layer}: the plan removes attention heads here, the model has a {type(module).__name__}"
+            )
+        return heads
     fits = is_frozen_bn(module) if kind == "frozen_bn" else isinstance(module, _CLASSES[kind])
     if not fits:
         wanted = "FrozenBatchNorm2d" if kind == "frozen_bn" else _CLASSES[kind].__name__.strip("_")
         raise PlanMismatchError(
             f"{layer}: the plan cuts a {wanted} here ({kind}), the model has a {type(module).__name__}"
         )
-    return side_width(module, kind)
+    return int(module.num_heads) if kind == "mha" else side_width(module, kind)  # type: ignore[arg-type]
 
 
 def cut(model: nn.Module, layer: str, kind: str, removed: Sequence[int], dim: int = 0) -> None:
-    """Remove channels from one side of one layer, in place, by Torch-Pruning's function for its kind."""
+    """Remove channels from one side of one layer, in place, by Torch-Pruning's function for its kind.
+
+    For the kinds ``heads`` and ``mha`` the channels are heads; see :class:`Member`.
+    """
     import torch_pruning as tp
 
     indices = list(removed)
@@ -389,6 +459,9 @@ def cut(model: nn.Module, layer: str, kind: str, removed: Sequence[int], dim: in
         setattr(model.get_submodule(owner), name, pruner.prune_out_channels(parameter, indices))
         return
     module = model.get_submodule(layer)
+    if kind in _HEAD_KINDS:
+        _attention.remove_heads(module, layer, indices)
+        return
     if kind == "frozen_bn":
         keep = sorted(set(range(side_width(module, kind))) - set(indices))
         for name in ("weight", "bias", "running_mean", "running_var"):

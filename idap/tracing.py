@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -28,6 +29,7 @@ from .inputs import Inputs
 
 Indices: TypeAlias = "NDArray[np.int64]"
 INEXACT = "removal is not exact"
+_TAKEN = "takes its positions by number"
 
 # ------------------------------------------------------------------------------------------------
 # The traced pass
@@ -37,6 +39,9 @@ INEXACT = "removal is not exact"
 _Edge: TypeAlias = "tuple[Any, int]"
 # An axis: of a tensor (edge, dimension), of a side of a layer (kind, name), or of a parameter.
 Axis: TypeAlias = "tuple[Any, ...]"
+# The part of an axis that carries channels: (slower positions, channels, faster positions), whose product is
+# the length of the axis. Batch times heads is (batch, heads, 1).
+_Span: TypeAlias = "tuple[int, int, int]"
 # How the elements of two axes correspond; None: one to one.
 _Pairs: TypeAlias = "Callable[[], tuple[Indices, Indices]] | None"
 
@@ -91,9 +96,10 @@ def is_frozen_bn(module: nn.Module) -> bool:
     return "FrozenBatchNorm" in type(module).__name__ and all(name in module._buffers for name in names)
 
 
+_OPAQUE = (nn.MultiheadAttention, nn.RNNBase)
 _LAYER_TYPES: tuple[type[nn.Module], ...] = (
     _ConvNd, nn.Linear, _BatchNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.PReLU, nn.Embedding,
-    nn.MultiheadAttention, nn.RNNBase,
+    *_OPAQUE,
 )  # fmt: skip
 
 
@@ -112,18 +118,24 @@ def trace_model(model: nn.Module, example_inputs: Inputs, deadline: Deadline) ->
     names = {module: name for name, module in model.named_modules()}
     parameter_names = {parameter: name for name, parameter in model.named_parameters()}
 
+    opaque = 0  # modules with layers inside that are taken as a whole, and run now
+
     def before(module: nn.Module, args: Any) -> None:
+        nonlocal opaque
         deadline.check()
+        opaque += isinstance(module, _OPAQUE)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal opaque
+        opaque -= isinstance(module, _OPAQUE)
         result = _inputs.first_tensor(output)
-        if result is None or result.grad_fn is None:
+        if opaque or result is None or result.grad_fn is None:
             return
         arguments = [
             tensor for _, tensor in _inputs.named_tensors((args, kwargs)) if tensor.grad_fn is not None
         ]
         results = [result]
-        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        if isinstance(module, _OPAQUE):
             results = [tensor for _, tensor in _inputs.named_tensors(output) if tensor.grad_fn is not None]
         else:
             arguments = arguments[:1]
@@ -150,7 +162,8 @@ def trace_model(model: nn.Module, example_inputs: Inputs, deadline: Deadline) ->
             handles.append(module.register_forward_pre_hook(before))
             if isinstance(module, _LAYER_TYPES) or is_frozen_bn(module):
                 handles.append(module.register_forward_hook(after, with_kwargs=True))
-        with torch.inference_mode(False), torch.enable_grad():
+        # Fused attention is one node of the graph; the plain one is made of products and a softmax.
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             output = _inputs.call(
                 model, _inputs.map_tensors(_inputs.without_inference(example_inputs), attach)
             )
@@ -219,11 +232,16 @@ def _edge_shape(edge: _Edge) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Link:
-    """Axis ``a`` corresponds to axis ``b`` of one operation; each ("in" or "out", position, dim)."""
+    """Axis ``a`` corresponds to axis ``b`` of one operation; each ("in" or "out", position, dim).
+
+    ``factor``, if any, is (outer, size, inner): ``a`` is merged into ``b``, between ``outer`` slower and
+    ``inner`` faster positions.
+    """
 
     a: tuple[str, int, int]
     b: tuple[str, int, int]
     pairs: _Pairs = None
+    factor: _Span | None = None
 
 
 @dataclass
@@ -259,6 +277,23 @@ def _shift(offset: int, size: int, step: int = 1) -> Callable[[], tuple[Indices,
     return lambda: (np.arange(size, dtype=np.int64), offset + step * np.arange(size, dtype=np.int64))
 
 
+def _merged(span: _Span, factor: _Span) -> _Span:
+    """The span of a merged axis whose part, at ``factor``, has the given one."""
+    return factor[0] * span[0], span[1], span[2] * factor[2]
+
+
+def _within(span: _Span, factor: _Span) -> _Span | None:
+    """The span of the part at ``factor`` of a merged axis that has the given one; None: no channels in it."""
+    _, channels, faster = span
+    _, size, inner = factor
+    low, high = max(faster, inner), min(faster * channels, inner * size)
+    if low >= high:
+        return None
+    if high % low or low % inner or (inner * size) % high:
+        return 1, size, 1
+    return inner * size // high, high // low, low // inner
+
+
 def _view(rules: _Rules, before: tuple[int, ...], after: tuple[int, ...]) -> None:
     """Match the dimensions of two shapes of one row-major buffer."""
     left = [(dim, size) for dim, size in enumerate(before) if size != 1]
@@ -289,8 +324,9 @@ def _view(rules: _Rules, before: tuple[int, ...], after: tuple[int, ...]) -> Non
         total = one[0][1]
         for dim, size in many:
             inner = total // (outer * size)
-            pairs = None if len(many) == 1 else _stretch(outer, size, inner)
-            rules.links.append(_Link((side, 0, dim), (other, 0, one[0][0]), pairs))
+            alone = len(many) == 1
+            pairs, factor = (None, None) if alone else (_stretch(outer, size, inner), (outer, size, inner))
+            rules.links.append(_Link((side, 0, dim), (other, 0, one[0][0]), pairs, factor))
             outer *= size
 
 
@@ -396,11 +432,13 @@ def _rules_of(operation: _Operation) -> _Rules:
             each_other_dim(first, dim, nr)
             rules.links.append(_Link(("out", nr, dim), ("in", first, dim), _shift(offset, part[dim])))
             offset += part[dim]
+        if len(operation.results) > 1 and all(part[dim] == 1 for part in operation.results):
+            rules.notes.append((("in", first, dim), f"a split {_TAKEN}"))
     elif name == "Unbind":
         dim = _saved_dim(node._saved_dim, len(shape))
         for nr in range(len(operation.results)):
             each_other_dim(first, dim, nr, -1)
-        rules.notes.append((("in", first, dim), "an unbind takes its positions apart"))
+        rules.notes.append((("in", first, dim), f"an unbind {_TAKEN}"))
     elif name == "Slice":
         dim = _saved_dim(node._saved_dim, len(shape))
         start, step = int(node._saved_start), int(node._saved_step)
@@ -416,7 +454,7 @@ def _rules_of(operation: _Operation) -> _Rules:
     elif name == "Select":
         dim = _saved_dim(node._saved_dim, len(shape))
         each_other_dim(first, dim, 0, -1)
-        rules.notes.append((("in", first, dim), "a selection takes one of its positions by number"))
+        rules.notes.append((("in", first, dim), f"a selection {_TAKEN}"))
     elif name == "Permute":
         for target, origin in enumerate(node._saved_dims):
             rules.links.append(_Link(("in", first, _saved_dim(origin, len(shape))), ("out", 0, target)))
@@ -456,7 +494,9 @@ def _rules_of(operation: _Operation) -> _Rules:
         "Logsumexp",
     ):
         _reduce(rules, operation, name, first, shape, result)
-    elif name in ("Softmax", "LogSoftmax"):
+    elif name == "Index" and _leading_index(rules, node, first, shape, result):
+        pass
+    elif name in ("Softmax", "LogSoftmax", "SafeSoftmax"):
         _broadcast(rules, operation)
         dim = _saved_dim(node._saved_dim, len(shape))
         rules.notes.append((("in", first, dim), f"{INEXACT}: a softmax spans its channels"))
@@ -472,7 +512,7 @@ def _rules_of(operation: _Operation) -> _Rules:
             if size == result[target] and size != 1:
                 rules.links.append(_Link(("in", 0, dim), ("out", 0, target)))
     elif name.startswith("ScaledDotProduct"):
-        _opaque(rules, operation, "it enters an attention, which needs a head-aware adapter")
+        _opaque(rules, operation, f"it enters {operation.name}, a fused attention, which is not followed")
     elif any(word in name for word in _MIXING):
         _opaque(rules, operation, f"it goes through {operation.name}, which is not followed")
     elif any(word in name for word in ("Pool", "Upsample", "Pad")):
@@ -489,6 +529,20 @@ def _rules_of(operation: _Operation) -> _Rules:
     elif not _broadcast(rules, operation):
         _opaque(rules, operation, f"it goes through {operation.name}, which is not followed")
     return rules
+
+
+def _leading_index(
+    rules: _Rules, node: Any, first: int, shape: tuple[int, ...], result: tuple[int, ...]
+) -> bool:
+    """A table read by an index tensor, as ``bias[index]``; False for any other kind of indexing."""
+    indices = [index for index in node._saved_indices if index is not None]
+    if len(indices) != 1 or node._saved_indices[0] is None or indices[0].dtype in (torch.bool, torch.uint8):
+        return False
+    rules.notes.append((("in", first, 0), f"an index {_TAKEN}"))
+    shift = indices[0].dim() - 1
+    for dim in range(1, len(shape)):
+        rules.links.append(_Link(("in", first, dim), ("out", 0, dim + shift)))
+    return True
 
 
 def _reduce(
@@ -645,7 +699,7 @@ def side_width(module: nn.Module, kind: str) -> int:
 def layer_obstacle(module: nn.Module) -> str | None:
     """Why no channel of this layer can be removed, whatever the rest of the model is."""
     if isinstance(module, nn.MultiheadAttention):
-        return "attention heads: needs a head-aware adapter"
+        return "the width of an nn.MultiheadAttention stays; only its heads are removed"
     if isinstance(module, nn.RNNBase):
         return f"{type(module).__name__}: recurrent layers are not pruned"
     if isinstance(module, (_ConvNd, nn.Linear, nn.Embedding)) and module._parameters.get("weight") is None:
@@ -667,6 +721,7 @@ class Follower:
         self.trace = trace
         self.deadline = deadline
         self.axes = Axes()
+        self.spans: dict[Axis, _Span] = {}
         self.rules: dict[Any, _Rules] = {}
         self.sides: dict[Axis, tuple[str, str, int]] = {}
         self.queue: list[Axis] = []
@@ -677,8 +732,9 @@ class Follower:
             for key, _ in module.named_parameters()
         }
 
-    def reach(self, axis: Axis, size: int) -> Axis:
+    def reach(self, axis: Axis, size: int, span: _Span | None = None) -> Axis:
         if self.axes.add(axis, size):
+            self.spans[axis] = span or (1, size, 1)
             self.queue.append(axis)
         return axis
 
@@ -757,7 +813,7 @@ class Follower:
 
     def _through_layer(self, call: _LayerCall, axis: Axis, dim: int, *, leaving: bool, position: int) -> None:
         module = call.module
-        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        if isinstance(module, _OPAQUE):
             self.axes.notes.append((axis, f"{call.name}: {layer_obstacle(module)}"))
             return
         dim_in, dim_out, kind_in, kind_out = _layer_sides(call)
@@ -780,40 +836,77 @@ class Follower:
             return
         if isinstance(module, nn.Embedding):
             return
+        span = self.spans[axis]
         if leaving and call.sources:
-            self.axes.join(self.reach((*call.sources[0], dim), call.source_shapes[0][dim]), axis)
+            self.axes.join(self.reach((*call.sources[0], dim), call.source_shapes[0][dim], span), axis)
         elif not leaving:
-            self.axes.join(self.reach((*call.sink, dim), call.sink_shape[dim]), axis)
+            self.axes.join(self.reach((*call.sink, dim), call.sink_shape[dim], span), axis)
 
     def _through_operation(self, operation: _Operation, here: tuple[str, int, int], axis: Axis) -> None:
-        rules = self.rules.get(operation.node)
-        if rules is None:
-            rules = self.rules[operation.node] = _rules_of(operation)
+        rules = self._rules(operation)
         for place, why in rules.notes:
             if place == here:
                 self.axes.notes.append((axis, why))
-        back: set[tuple[str, int, int]] = set()
+        merged = [link for link in rules.links if link.factor is not None and link.b == here]
+        part = self._part(operation, merged, axis) if merged else None
         for link in rules.links:
             if here == link.a:
                 other, pairs = link.b, link.pairs
-            elif here == link.b:
+            elif here == link.b and (link.factor is None or link is part):
                 other, pairs = link.a, None if link.pairs is None else _swap(link.pairs)
-                # Several axes merged into this one: only the slowest carries channels, unless another
-                # was reached on its own way. Taking all would couple everything with everything.
-                if pairs is not None and operation.name.startswith(("View", "UnsafeView", "Reshape")):
-                    if back or any(self._known(operation, o.a) for o in rules.links if o.b == here):
-                        continue
-                    back.add(other)
             else:
                 continue
             there = self._axis(operation, other)
             if there is None:
                 continue
-            target = self.reach(*there)
+            span = self.spans[axis] if pairs is None else None
+            if link.factor is not None:
+                span = _merged(self.spans[axis], link.factor)
+                if link is part:
+                    span = _within(self.spans[axis], link.factor)
+            target = self.reach(*there, span)
             if pairs is None:
                 self.axes.join(axis, target)
             else:
                 self.axes.relations.append((axis, target, pairs))
+
+    def _part(self, operation: _Operation, merged: list[_Link], axis: Axis) -> _Link | None:
+        """Which of the axes merged into one carries its channels; taking all would couple all with all.
+
+        The slowest of those that hold channels, and are not taken apart later (as the three of a fused
+        query, key and value). None if one was reached on its own way, and so is followed already.
+        """
+        if any(self._known(operation, link.a) for link in merged):
+            return None
+        carrying = [link for link in merged if link.factor and _within(self.spans[axis], link.factor)]
+        whole = [link for link in carrying if not self._taken_apart(operation, link.a)]
+        return next(iter(whole or carrying), None)
+
+    def _taken_apart(self, operation: _Operation, place: tuple[str, int, int], steps: int = 8) -> bool:
+        """Whether an axis ends, up to transpositions, where its positions are picked by number."""
+        there = self._axis(operation, place)
+        if there is None or place[0] != "out" or not steps:
+            return False
+        (node, position, dim), _ = there
+        for consumer, at in self.trace.consumers.get((node, position), ()):
+            if isinstance(consumer, _LayerCall):
+                continue
+            rules = self._rules(consumer)
+            here = ("in", at, dim)
+            if consumer.name.startswith(("Unbind", "Select", "Split")) and any(
+                noted == here and _TAKEN in why for noted, why in rules.notes
+            ):
+                return True
+            for link in rules.links:
+                if link.a == here and link.pairs is None and self._taken_apart(consumer, link.b, steps - 1):
+                    return True
+        return False
+
+    def _rules(self, operation: _Operation) -> _Rules:
+        rules = self.rules.get(operation.node)
+        if rules is None:
+            rules = self.rules[operation.node] = _rules_of(operation)
+        return rules
 
     def _known(self, operation: _Operation, place: tuple[str, int, int]) -> bool:
         there = self._axis(operation, place)

@@ -270,3 +270,155 @@ def zeroed_outputs(model: nn.Module, plan: PruningPlan, example: Any) -> list[Te
 def relative_error(wanted: list[Tensor], got: list[Tensor]) -> float:
     assert [t.shape for t in wanted] == [t.shape for t in got]
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, got, strict=True))
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+class Separate(nn.Module):
+    """Queries, keys and values from layers of their own; numbers of heads and widths kept as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.head_dim, self.all_head_size, self.embed_dim = 4, 6, 24, 24
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+        self.out = nn.Linear(24, 24)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_attention_heads, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
+        weights = torch.softmax(q @ k.transpose(-2, -1) / self.head_dim**0.5, dim=-1)
+        y = (weights @ v).permute(0, 2, 1, 3).contiguous()
+        return self.out(y.view(*y.shape[:2], self.all_head_size))
+
+
+class GroupedQuery(nn.Module):
+    """Six query heads share three heads of keys and values, repeated by hand or by the fused attention."""
+
+    def __init__(self, repeat: bool = True) -> None:
+        super().__init__()
+        self.repeat, self.head_dim, self.groups = repeat, 4, 2
+        self.num_heads, self.num_key_value_heads = 6, 3
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(24, 24), nn.Linear(24, 12), nn.Linear(24, 12)
+        self.o_proj = nn.Linear(24, 24, bias=False)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        b, h, t, d = x.shape
+        return x[:, :, None].expand(b, h, self.groups, t, d).reshape(b, h * self.groups, t, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(b, t, self.num_key_value_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+        if self.repeat:
+            y = F.scaled_dot_product_attention(q, self.repeated(k), self.repeated(v), is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class Fused(nn.Module):
+    """One layer for queries, keys and values, in one of the layouts in use."""
+
+    def __init__(self, heads: int = 4, layout: str = "three", attend: str = "fused") -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, 24 // heads
+        self.layout, self.attend = layout, attend
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        h, d = self.num_heads, self.head_dim
+        fused = self.qkv(x)
+        if self.layout == "three":
+            q, k, v = fused.reshape(b, t, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
+        elif self.layout == "picked":
+            parts = fused.view(b, t, 3, h, d).permute(2, 0, 3, 1, 4)
+            q, k, v = parts[0], parts[1], parts[2]
+        elif self.layout == "chunks":
+            q, k, v = (part.view(b, t, h, d).transpose(1, 2) for part in fused.chunk(3, dim=-1))
+        else:  # every head has its own three
+            q, k, v = fused.view(b, t, h, 3 * d).transpose(1, 2).chunk(3, dim=-1)
+        if self.attend == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.attend == "einsum":
+            weights = torch.einsum("bhid,bhjd->bhij", q, k).mul(d**-0.5).softmax(-1)
+            y = torch.einsum("bhij,bhjd->bhid", weights, v)
+        else:
+            y = (q * d**-0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(b, t, h * d))
+
+
+class Attending(nn.Module):
+    """An attention in a residual block, and an output."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.attn, self.head = nn.LayerNorm(24), attn, nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attn(self.norm(x)))
+
+
+def _attending(kind: type[nn.Module], **options: Any) -> Callable[..., nn.Module]:
+    return lambda **more: Attending(kind(**options, **more))
+
+
+# Factory, and the sizes of the groups of heads by their first layer.
+ATTENTION: dict[str, tuple[Callable[..., nn.Module], dict[str, int]]] = {
+    "separate": (_attending(Separate), {"attn.query": 4}),
+    "grouped": (_attending(GroupedQuery), {"attn.q_proj": 3}),
+    "grouped_fused": (_attending(GroupedQuery, repeat=False), {"attn.q_proj": 3}),
+    "fused": (_attending(Fused), {"attn.qkv": 4}),
+    "fused_manual": (_attending(Fused, attend="manual"), {"attn.qkv": 4}),
+    "fused_einsum": (_attending(Fused, attend="einsum"), {"attn.qkv": 4}),
+    "picked": (_attending(Fused, layout="picked", attend="manual"), {"attn.qkv": 4}),
+    "chunks": (_attending(Fused, layout="chunks"), {"attn.qkv": 4}),
+    "own_three": (_attending(Fused, layout="own", attend="manual"), {"attn.qkv": 4}),
+}
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(24), attn, nn.LayerNorm(24)
+        self.fc1, self.fc2 = nn.Linear(24, 48), nn.Linear(48, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class SmallViT(nn.Module):
+    """Patches, a class token, positions, two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 4, stride=4)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 24)), nn.Parameter(torch.randn(1, 17, 24))
+        self.blocks = nn.ModuleList(AttentionBlock(Fused()) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+class Gpt(nn.Module):
+    """Causal blocks with shared keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AttentionBlock(GroupedQuery(repeat)) for repeat in (True, False))
+        self.head = nn.Linear(24, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

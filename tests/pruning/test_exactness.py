@@ -120,7 +120,7 @@ def test_vision_transformer_mlp() -> None:
     assert prove(model, example, ratio=0.4) <= LIMIT
     plan = prune_filters(model, scores_of(model), example, ratio=0.4)
     reasons = [s.reason for s in plan.skipped]
-    assert any("attention heads: needs a head-aware adapter" in reason for reason in reasons)
+    assert any("the width of an nn.MultiheadAttention stays" in reason for reason in reasons)
     assert any("output of the model" in reason for reason in reasons)
 
 

@@ -193,7 +193,7 @@ def test_an_average_over_the_channels_is_not_exact_but_a_sum_is() -> None:
     assert "reduction (mean)" in scan.skipped[0].reason
 
 
-def test_head_split_inside_a_custom_attention_is_left_alone() -> None:
+def test_heads_of_a_custom_attention_are_units_and_its_width_stays() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -208,9 +208,12 @@ def test_head_split_inside_a_custom_attention_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 8), Attention(), nn.Linear(8, 3))
     scan = find_groups(model, torch.randn(2, 5, 4))
     skipped = {s.root: s.reason for s in scan.skipped}
-    assert "head-aware adapter (1)" in skipped["1.qkv"]
-    assert "head-aware adapter (1)" in skipped["1.proj"]
-    assert [g.root for g in scan.groups] == ["0"]
+    assert "only whole heads are removed from 1" in skipped["1.proj"]
+    assert [g.root for g in scan.groups] == ["0", "1.qkv"]
+    members = {(m.layer, m.kind): m for m in scan.groups[1].members}
+    assert members["1", "heads"].units == ((0,), (1,))
+    assert members["1.qkv", "linear_out"].units[1] == (*range(4, 8), *range(12, 16), *range(20, 24))
+    assert members["1.proj", "linear_in"].units[1] == (4, 5, 6, 7)
 
 
 def test_frozen_layers_are_followed_too() -> None:
