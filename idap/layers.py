@@ -1,40 +1,81 @@
-"""Stage 2: blocks that the identity can stand in for, found by running the model, and their removal."""
+"""Stage 2: blocks that the identity or a projection can stand in for, found by running the model; their removal.
+
+The identity takes the place of a block whose output has the shape of its input; where the shapes differ, a 1x1
+convolution or a linear layer does, fitted to the block by least squares (:func:`fit_projections`).
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import complexity
 from . import inputs as _inputs
 from . import plan as _plan
-from .errors import InvalidInputError, NonFiniteError, SurgeryError, TargetUnreachableError
+from .errors import (
+    EmptyDataError,
+    ForwardError,
+    InvalidInputError,
+    NonFiniteError,
+    PlanMismatchError,
+    SurgeryError,
+    TargetUnreachableError,
+)
 from .groups import Ignore, Skipped, resolve_ignore
 from .inputs import Inputs
-from .plan import BlockRemoval, BlockStep, IdentityBlock, PruningPlan, Returns, target_count
+from .plan import (
+    BlockRemoval,
+    BlockStep,
+    IdentityBlock,
+    Projection,
+    ProjectionBlock,
+    PruningPlan,
+    Returns,
+    target_count,
+)
 
-__all__ = ["Block", "IdentityBlock", "find_blocks", "truncate_layers"]
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+__all__ = [
+    "Block",
+    "IdentityBlock",
+    "Projection",
+    "ProjectionBlock",
+    "ProjectionFit",
+    "block_filter_divergence",
+    "find_blocks",
+    "fit_projections",
+    "truncate_layers",
+]
+
+
+# ------------------------------------------------------------------------------------------------
+# Finding blocks
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that the identity can replace.
+    """A module that the identity, or a projection, can replace.
 
     Attributes:
         name: qualified module name.
         type: class name of the module.
-        shape: shape of its hidden state, the same going in and coming out.
+        shape: shape of its hidden state going in; without a projection the same coming out.
         params: number of parameters inside.
         residual: its input reaches its output around the layers inside.
         returns: ``"tensor"``, or how each further item of the returned tuple is made
             (see :class:`IdentityBlock`).
+        projection: the linear map that can replace it where its output has another shape; else None.
     """
 
     name: str
@@ -43,6 +84,7 @@ class Block:
     params: int
     residual: bool
     returns: Returns = "tensor"
+    projection: Projection | None = None
 
 
 @dataclass
@@ -57,6 +99,7 @@ class _Call:
     sink: Any = None
     returns: Returns | None = None
     obstacle: str | None = None
+    projection: Projection | None = None
 
 
 def _describe_output(call: _Call, hidden: Tensor, output: Any) -> tuple[Tensor | None, Returns, str | None]:
@@ -112,6 +155,27 @@ def _reaches(start: Any, goals: set[Any], blocked: set[Any], gates: bool = True)
     return False
 
 
+def _projection_of(module: nn.Module, before: tuple[int, ...], after: tuple[int, ...]) -> Projection | None:
+    """The linear map from one shape to the other, if there is one that is worth it.
+
+    It has at most two thirds of the parameters of the module: in the place of a single 1x1 convolution it would
+    save nothing. Of several strides that fit, which small examples allow, it has the smallest.
+    """
+    axes = len(before) - 2
+    if len(before) != len(after) or axes < 0 or before[0] != after[0] or 0 in before + after:
+        return None
+    convolutional = any(isinstance(m, _ConvNd) and len(m.kernel_size) == axes for m in module.modules())
+    projection = None
+    if convolutional:
+        stride = tuple(-(-size // left) for size, left in zip(before[2:], after[2:], strict=True))
+        projection = Projection(f"conv{axes}d", before[1], after[1], stride)
+    elif before[:-1] == after[:-1]:
+        projection = Projection("linear", before[-1], after[-1])
+    if projection is None or projection.output_shape(before) != after:
+        return None
+    return projection if 3 * projection.params <= 2 * _size(module) else None
+
+
 def _record(model: nn.Module, example_inputs: Inputs) -> tuple[dict[str, _Call], list[Any], set[Any]]:
     """Run a copy of ``model`` once: calls by module name, autograd nodes of its outputs and of its inputs."""
     duplicate = _inputs.tracing_copy(model)
@@ -147,6 +211,10 @@ def _record(model: nn.Module, example_inputs: Inputs) -> tuple[dict[str, _Call],
         if isinstance(module, nn.Embedding):
             origins.add(leaving.grad_fn)
         if tuple(leaving.shape) != call.shape_in or leaving.dtype != entering.dtype:
+            given = any(value is entering for value in (*args, *kwargs.values()))  # not as part of a list
+            same_kind = leaving.dtype == entering.dtype and entering.is_floating_point()
+            if call.obstacle is None and given and same_kind:
+                call.projection = _projection_of(module, tuple(entering.shape), tuple(leaving.shape))
             call.obstacle = f"takes {call.shape_in} and gives {tuple(leaving.shape)}"
 
     def attach(tensor: Tensor) -> Tensor:
@@ -186,8 +254,123 @@ def _place(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def find_blocks(model: nn.Module, example_inputs: Inputs) -> list[Block]:
-    """Blocks that the identity can replace, in the order in which they run.
+class _Search:
+    """One recorded pass, and the questions that tell blocks from containers, parts and branches."""
+
+    def __init__(self, calls: dict[str, _Call], outputs: list[Any], origins: set[Any]) -> None:
+        self.calls = calls
+        self._outputs = outputs
+        self._origins = origins
+        self._layers = [
+            (name, call.sink)
+            for name, call in calls.items()
+            if not any(True for _ in call.module.children())
+            and any(p.dim() >= 2 for p in call.module.parameters())
+        ]
+
+    def can_stand(self, name: str) -> bool:
+        """Whether a module is called once, between two tensors of the autograd graph, and holds layers."""
+        call = self.calls[name]
+        return (
+            name != ""
+            and call.sink is not None
+            and call.source is not None
+            and call.count == 1
+            and not isinstance(call.module, ProjectionBlock)
+            and any(_is_inside(layer, name) for layer, _ in self._layers)
+        )
+
+    def is_container(self, name: str, candidates: Iterable[str]) -> bool:
+        """Whether a module only strings blocks together: all that flows through it passes through candidates.
+
+        A layer of a transformer does so too, where its attention and its MLP have a residual sum each. It is
+        told by its parts being of as many classes as there are parts, and by being one of a row of its class.
+        """
+        call = self.calls[name]
+        cuts: list[str] = []
+        for inner in candidates:
+            if not _is_inside(inner, name) or any(_is_inside(inner, outer) for outer in cuts):
+                continue
+            if not _reaches(call.sink, {call.source}, {self.calls[inner].sink}):
+                cuts.append(inner)
+        # An attention with its own sum inside a layer with another one cuts it too, but is the lesser part.
+        if not cuts or 3 * sum(_size(self.calls[n].module) for n in cuts) < 2 * _size(call.module):
+            return False
+        parts = {type(self.calls[inner].module) for inner in cuts}
+        kind = type(call.module)
+        row = [n for n, c in self.calls.items() if type(c.module) is kind and _place(n) == _place(name)]
+        return kind is nn.Sequential or not 1 < len(parts) == len(cuts) or len(row) < 2
+
+    def bypassed(self, name: str) -> bool:
+        """Whether a module's input reaches its output around the layers inside: a residual sum."""
+        call = self.calls[name]
+        inside = {sink for layer, sink in self._layers if _is_inside(layer, name)}
+        return _reaches(call.sink, {call.source}, inside, gates=False)
+
+    def on_trunk(self, name: str) -> bool:
+        """Whether everything between the model's inputs and outputs passes through a module."""
+        return not any(_reaches(sink, self._origins, {self.calls[name].sink}) for sink in self._outputs)
+
+    def between_layers(self, name: str) -> bool:
+        """Whether layers run before and after a module: it is neither the stem of the model nor its head."""
+        call = self.calls[name]
+        if not _reaches(call.source, {sink for n, sink in self._layers if not _is_inside(n, name)}, set()):
+            return False
+        order = list(self.calls)
+        later = set(order[order.index(name) :])
+        return any(
+            _reaches(sink, {call.sink}, set())
+            for layer, sink in self._layers
+            if layer in later and not _is_inside(layer, name)
+        )
+
+    def without_parts(self, accepted: dict[str, bool], kinds: set[type], places: set[str]) -> dict[str, bool]:
+        """``accepted`` (name to residual) less what is only a part of a module that is like a block."""
+        kept = {}
+        for name, residual in accepted.items():
+            owners = [name[:i] for i, letter in enumerate(name) if letter == "."]
+            known = (owner for owner in owners if owner in self.calls)
+            if not any(type(self.calls[owner].module) in kinds for owner in known) and (
+                residual or not any(_place(owner) in places for owner in owners)
+            ):
+                kept[name] = residual
+        return kept
+
+    def same_shape(self) -> dict[str, bool]:
+        """Blocks for the identity: name to whether a residual sum bypasses them."""
+        candidates = [name for name, call in self.calls.items() if not call.obstacle and self.can_stand(name)]
+        accepted: dict[str, bool] = {}
+        for name in candidates:
+            if any(_is_inside(name, outer) for outer in accepted) or self.is_container(name, candidates):
+                continue
+            residual = self.bypassed(name)
+            if residual or self.on_trunk(name):
+                accepted[name] = residual
+        kinds = {type(self.calls[name].module) for name in accepted}
+        return self.without_parts(accepted, kinds, {_place(name) for name in accepted})
+
+    def shape_changing(self, others: Mapping[str, bool]) -> dict[str, bool]:
+        """Blocks for a projection, beside the ``others``, which go by the identity."""
+        # The same class as a block: a block, wherever it stands and whatever it is made of.
+        kinds = {type(self.calls[name].module) for name in others} - {nn.Sequential}
+        candidates = [name for name, call in self.calls.items() if call.projection and self.can_stand(name)]
+        accepted: dict[str, bool] = {}
+        for name in candidates:
+            if any(_is_inside(name, outer) for outer in (*accepted, *others)):
+                continue
+            if any(_is_inside(inner, name) for inner in others):
+                continue
+            known = type(self.calls[name].module) in kinds
+            if not known and self.is_container(name, (*candidates, *others)):
+                continue
+            residual = self.bypassed(name)
+            if (known or residual or self.on_trunk(name)) and self.between_layers(name):
+                accepted[name] = residual
+        return self.without_parts(accepted, kinds, {_place(name) for name in (*accepted, *others)})
+
+
+def find_blocks(model: nn.Module, example_inputs: Inputs, *, projections: bool = False) -> list[Block]:
+    """Blocks that the identity or a projection can replace, in the order in which they run.
 
     The model (a copy of it, in evaluation mode) runs once under hooks. A block has children and parameters,
     is called once in the pass, takes a hidden state as its first tensor and gives one of the same shape and
@@ -195,80 +378,87 @@ def find_blocks(model: nn.Module, example_inputs: Inputs) -> list[Block]:
     nested modules of that kind:
 
     - the outermost counts, unless everything that flows through it passes through such modules inside, which
-      hold at least two thirds of its parameters: then it is only a container (a stage, an encoder) and they count;
+      hold at least two thirds of its parameters: then it is only a container (a stage, an encoder) and they
+      count. One of a row of modules of one class, whose parts are each of another class, is no container: a
+      transformer layer made of an attention and an MLP with a residual sum each;
     - a block that its input does not bypass (no residual sum) counts only on the model's trunk, where
       everything between the model's inputs and outputs passes through it;
     - nothing counts inside a module of the same class as a block, and no block without a residual sum inside
       one at a like place (the same name but for numbers): the inner parts of the one bottleneck that changes
       the shape are no blocks when the other bottlenecks are.
 
+    Args:
+        projections: find blocks too whose output has another shape but the same rank and batch: with
+            convolutions inside (B, C, *) with another C, each spatial size divided by a whole number (``out =
+            ceil(in / stride)``; the example must be large enough to tell the stride), else (B, *, C) with
+            another C. The rules of nesting are the same; a module of the same class as a block of the first
+            kind is never a container or a branch. They lie between layers of the model (a stem and a head are
+            none) and have at least half as many parameters again as the projection.
+
     Raises:
         InvalidInputError: if the model cannot be copied or the example inputs are of no known form.
     """
-    calls, outputs, origins = _record(model, example_inputs)
-    children: dict[str, list[str]] = {name: [] for name in calls}
-    layers = [
-        (name, call.sink)
-        for name, call in calls.items()
-        if not any(True for _ in call.module.children())
-        and any(p.dim() >= 2 for p in call.module.parameters())
-    ]
-    candidates: list[str] = []
-    for name, call in calls.items():
-        fits = name != "" and call.obstacle is None and call.sink is not None and call.source is not None
-        if fits and call.count == 1 and any(_is_inside(layer, name) for layer, _ in layers):
-            candidates.append(name)
-    # Modules that no call was seen of (ModuleList) are transparent here: nesting goes by name.
-    for name in candidates:
-        owner = name
-        while owner:
-            owner = owner.rpartition(".")[0]
-            if owner in children:
-                children[owner].append(name)
-
-    def is_container(name: str) -> bool:
-        call = calls[name]
-        cuts: list[str] = []
-        for inner in children[name]:
-            if any(_is_inside(inner, outer) for outer in cuts):
-                continue
-            if not _reaches(call.sink, {call.source}, {calls[inner].sink}):
-                cuts.append(inner)
-        # An attention with its own sum inside a layer with another one cuts it too, but is the lesser part.
-        return bool(cuts) and 3 * sum(_size(calls[inner].module) for inner in cuts) >= 2 * _size(call.module)
-
-    def bypassed(name: str) -> bool:
-        call = calls[name]
-        inside = {sink for layer, sink in layers if _is_inside(layer, name) and sink is not None}
-        return _reaches(call.sink, {call.source}, inside, gates=False)
-
-    def on_trunk(name: str) -> bool:
-        return not any(_reaches(sink, origins, {calls[name].sink}) for sink in outputs)
-
-    accepted: dict[str, bool] = {}
-    for name in candidates:
-        if any(_is_inside(name, outer) for outer in accepted) or is_container(name):
-            continue
-        residual = bypassed(name)
-        if residual or on_trunk(name):
-            accepted[name] = residual
+    search = _Search(*_record(model, example_inputs))
+    found = search.same_shape()
+    if projections:
+        found |= search.shape_changing(found)
     modules = dict(model.named_modules())
-    kinds = {type(modules[name]) for name in accepted}
-    places = {_place(name) for name in accepted}
     blocks: list[Block] = []
-    for name, residual in accepted.items():
-        owners = [name[:i] for i, letter in enumerate(name) if letter == "."]
-        if any(
-            type(modules[owner]) in kinds or (not residual and _place(owner) in places) for owner in owners
-        ):
-            continue
-        call = calls[name]
-        assert call.shape_in is not None
-        assert call.returns is not None
-        module = modules[name]
-        params = _size(module)
-        blocks.append(Block(name, type(module).__name__, call.shape_in, params, residual, call.returns))
+    for name, call in search.calls.items():
+        if name in found:
+            assert call.shape_in is not None
+            assert call.returns is not None
+            module = modules[name]
+            blocks.append(
+                Block(
+                    name,
+                    type(module).__name__,
+                    call.shape_in,
+                    _size(module),
+                    found[name],
+                    call.returns,
+                    call.projection,
+                )
+            )
     return blocks
+
+
+# ------------------------------------------------------------------------------------------------
+# Removing them
+# ------------------------------------------------------------------------------------------------
+
+
+def block_filter_divergence(
+    model: nn.Module, scores: Mapping[str, Tensor], blocks: Iterable[Block | str]
+) -> dict[str, float]:
+    """The mean divergence of the filters of each block: what blocks that change the shape are ranked by.
+
+    There is no norm of a difference of two shapes to take, as :func:`idap.criteria.layer_divergence` does.
+
+    Args:
+        scores: per layer name, shape (output channels,), as :func:`idap.criteria.flow_divergence` gives them.
+        blocks: blocks of :func:`find_blocks`, or names of modules.
+
+    Returns:
+        One number a block, in their order; blocks in which no layer has scores are left out.
+
+    Raises:
+        InvalidInputError: if the model has no module of that name.
+    """
+    modules = dict(model.named_modules())
+    means: dict[str, float] = {}
+    for block in blocks:
+        name = block.name if isinstance(block, Block) else block
+        if name not in modules:
+            raise InvalidInputError(f"blocks: {name!r} is no module of {type(model).__name__}")
+        own = [
+            torch.as_tensor(score).double().flatten()
+            for layer, score in scores.items()
+            if layer == name or _is_inside(layer, name)
+        ]
+        if any(score.numel() for score in own):
+            means[name] = float(torch.cat([score.cpu() for score in own]).mean())
+    return means
 
 
 def truncate_layers(
@@ -280,14 +470,15 @@ def truncate_layers(
     macs: float | int | None = None,
     ignore: Ignore = (),
     verify: bool = True,
+    projections: bool = False,
 ) -> PruningPlan:
     """Choose the blocks to replace by the identity, lowest divergence first; ``model`` is not changed.
 
     Exactly one of ``count`` and ``macs`` is given. Ties: the block that runs first goes first.
 
     Args:
-        divergences: per block name, as :func:`idap.criteria.layer_divergence` gives them. Blocks without one
-            stay.
+        divergences: per block name, as :func:`idap.criteria.layer_divergence` gives them, and
+            :func:`block_filter_divergence` for blocks that change the shape. Blocks without one stay.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         count: number of blocks to remove.
         macs: multiply-accumulates to reach: a share of the present ones (float up to 1.0) or a count. The
@@ -295,6 +486,9 @@ def truncate_layers(
         ignore: blocks that stay: names or patterns, module classes, modules.
         verify: run the shortened model and check the form of its outputs; blocks without which the model does
             not run, because something else looks into them, are left alone.
+        projections: blocks that change the shape may go too, for a projection, once all others are gone: the
+            two kinds of divergence are of different units and are ranked apart. The projections of the pruned
+            model begin at zero; :func:`fit_projections` fills them.
 
     Raises:
         InvalidInputError: for arguments out of range, or a name that is no module of the model.
@@ -326,26 +520,26 @@ def truncate_layers(
         if not math.isfinite(number):
             raise NonFiniteError(f"divergences[{name!r}]: got {number}, wanted a finite number")
     covered = resolve_ignore(model, ignore)
-    ranked: list[tuple[float, int, Block]] = []
+    ranked: list[tuple[bool, float, int, Block]] = []
     skipped: list[Skipped] = []
-    found = find_blocks(model, example_inputs)
+    found = find_blocks(model, example_inputs, projections=projections)
     for order, block in enumerate(found):
         if block.name in covered:
             skipped.append(Skipped(block.name, 1, "ignored on request"))
         elif block.name not in divergences:
             skipped.append(Skipped(block.name, 1, "no divergence given"))
         else:
-            ranked.append((float(divergences[block.name]), order, block))
+            ranked.append((block.projection is not None, float(divergences[block.name]), order, block))
     names = {block.name for block in found}
     for name in divergences:
         if name not in names:
-            skipped.append(Skipped(name, 1, "the identity cannot stand in for it"))
-    ranked.sort(key=lambda item: item[:2])
+            stand_in = "neither the identity nor a projection can" if projections else "the identity cannot"
+            skipped.append(Skipped(name, 1, f"{stand_in} stand in for it"))
+    ranked.sort(key=lambda item: item[:3])
     before = _plan.measure(model, example_inputs)
 
     def plan_of(chosen: list[Block]) -> PruningPlan:
-        step = BlockStep(tuple(BlockRemoval(block.name, block.type, block.returns) for block in chosen))
-        steps = (step,) if chosen else ()
+        steps = (BlockStep(tuple(map(_removal, chosen))),) if chosen else ()
         return PruningPlan(type(model).__name__, steps, before, None, tuple(skipped))
 
     def macs_of(chosen: list[Block]) -> int:
@@ -358,7 +552,7 @@ def truncate_layers(
             ) from error
 
     def choose() -> list[Block]:
-        blocks = [block for _, _, block in ranked]
+        blocks = [block for *_, block in ranked]
         if count is not None:
             if count > len(blocks):
                 raise TargetUnreachableError(
@@ -384,19 +578,379 @@ def truncate_layers(
             return replace(plan, after=_plan.measure(pruned, example_inputs))
         except SurgeryError:
             # Some containers look into their blocks; find out which of them must stay.
-            broken = [(item, why) for item in ranked if (why := _obstacle(model, item[2], example_inputs))]
+            broken = [(item, why) for item in ranked if (why := _obstacle(model, item[-1], example_inputs))]
             if not broken:
                 raise
             for item, why in broken:
                 ranked.remove(item)
-                skipped.append(Skipped(item[2].name, 1, why))
+                skipped.append(Skipped(item[-1].name, 1, why))
+
+
+def _removal(block: Block) -> BlockRemoval:
+    return BlockRemoval(block.name, block.type, block.returns, block.projection)
 
 
 def _obstacle(model: nn.Module, block: Block, example_inputs: Inputs) -> str | None:
     """Why the model does not run without this one block; None if it does."""
-    step = BlockStep((BlockRemoval(block.name, block.type, block.returns),))
     try:
-        PruningPlan(type(model).__name__, (step,)).apply(model, example_inputs)
+        PruningPlan(type(model).__name__, (BlockStep((_removal(block),)),)).apply(model, example_inputs)
     except SurgeryError as error:
         return f"its removal breaks the model: {error}"
     return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Fitting projections
+# ------------------------------------------------------------------------------------------------
+
+# Elements of a slice that is widened to float64 at a time: 32 MiB.
+_SLICE = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Counts, means and centred second moments of rows ``x`` (N, inputs) and ``y`` (N, outputs), in float64.
+
+    Attributes:
+        count: N, shape ().
+        mean_x, mean_y: (inputs,), (outputs,).
+        xx: sum of ``(x - mean_x)ᵀ (x - mean_x)``, (inputs, inputs).
+        xy: sum of ``(x - mean_x)ᵀ (y - mean_y)``, (inputs, outputs).
+        yy: sum of ``‖y - mean_y‖²``, shape ().
+    """
+
+    count: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> _Moments:
+        step = max(1, _SLICE // (x.shape[1] + y.shape[1]))
+        parts = (cls._of_slice(a, b) for a, b in zip(x.split(step), y.split(step), strict=True))
+        moments = next(parts)
+        for part in parts:
+            moments = moments.merge(part)
+        return moments
+
+    @classmethod
+    def _of_slice(cls, x: Tensor, y: Tensor) -> _Moments:
+        if x.device.type == "mps":  # which has no float64
+            x, y = x.cpu(), y.cpu()
+        x, y = x.double(), y.double()
+        mean_x, mean_y = x.mean(0), y.mean(0)
+        x, y = x - mean_x, y - mean_y
+        return cls(mean_x.new_tensor(len(x)), mean_x, mean_y, x.T @ x, x.T @ y, y.square().sum())
+
+    @classmethod
+    def empty(cls, projection: Projection, device: torch.device | str) -> _Moments:
+        def zeros(*sizes: int) -> Tensor:
+            return torch.zeros(sizes, dtype=torch.float64, device=device)
+
+        ins, outs = projection.inputs, projection.outputs
+        return cls(zeros(), zeros(ins), zeros(outs), zeros(ins, ins), zeros(ins, outs), zeros())
+
+    def merge(self, other: _Moments) -> _Moments:
+        """The moments of both sets of rows (Chan, Golub & LeVeque, 1983)."""
+        count = self.count + other.count
+        share = other.count / count.clamp_min(1)
+        mean_x = self.mean_x + (other.mean_x - self.mean_x) * share
+        mean_y = self.mean_y + (other.mean_y - self.mean_y) * share
+        mine, theirs = self.about(mean_x, mean_y), other.about(mean_x, mean_y)
+        return _Moments(count, mean_x, mean_y, *(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    def about(self, mean_x: Tensor, mean_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``xx``, ``xy`` and ``yy`` about other means."""
+        dx, dy = self.mean_x - mean_x, self.mean_y - mean_y
+        return (
+            self.xx + self.count * dx.outer(dx),
+            self.xy + self.count * dx.outer(dy),
+            self.yy + self.count * dy.dot(dy),
+        )
+
+    def is_finite(self) -> bool:
+        # A NaN or an infinity anywhere in a column is one in its mean, and so in the sum of the means.
+        return bool(torch.isfinite(self.mean_x.sum() + self.mean_y.sum() + self.xx.trace() + self.yy))
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor, float]:
+        """Weight (outputs, inputs), bias (outputs,) and relative residual of the least-squares fit.
+
+        The smallest of all solutions if there are several, as with dead channels.
+        """
+        xx, xy = self.xx.cpu(), self.xy.cpu()
+        values, vectors = torch.linalg.eigh(xx)
+        present = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+        damped = values + ridge * xx.trace() / len(xx)
+        inverse = torch.where(present, 1 / torch.where(present, damped, 1), 0)
+        weight = vectors @ (inverse[:, None] * (vectors.T @ xy))
+        mean_x, mean_y = self.mean_x.cpu(), self.mean_y.cpu()
+        left = self.yy.cpu() - 2 * (weight * xy).sum() + (weight * (xx @ weight)).sum()
+        scale = self.yy.cpu() + self.count.cpu() * mean_y.dot(mean_y)
+        residual = math.sqrt(max(float(left / scale), 0.0)) if scale > 0 else 0.0
+        return weight.T, mean_y - mean_x @ weight, residual
+
+
+def _rows(hidden: Tensor, projection: Projection) -> Tensor:
+    """(B, C, *) or (B, *, C) as (N, C)."""
+    return hidden.flatten(0, -2) if projection.kind == "linear" else hidden.movedim(1, -1).flatten(0, -2)
+
+
+class ProjectionFit:
+    """Least squares between the inputs and the outputs of the blocks that a plan replaces by projections.
+
+    Batches are read one after the other; what is kept of them are, for each block, the second moments
+    (inputs + 1) x (inputs + outputs) in float64, and no activation.
+
+    Args:
+        plan: may hold other steps; its projections must be in the widths of the model that :meth:`update` gets.
+
+    Raises:
+        InvalidInputError: if channels go in a step before a projection, so that no model has both.
+    """
+
+    def __init__(self, plan: PruningPlan) -> None:
+        if not isinstance(plan, PruningPlan):
+            raise InvalidInputError(f"plan: got {type(plan).__name__}, wanted a PruningPlan")
+        self.plan = plan
+        self._projections: dict[str, Projection] = {}
+        self._moments: dict[str, _Moments] = {}
+        narrowed = False
+        for step in plan.steps:
+            if not isinstance(step, BlockStep):
+                narrowed = True
+                continue
+            own = {r.name: r.projection for r in step.removals if r.projection is not None}
+            if own and narrowed:
+                raise InvalidInputError(
+                    f"{next(iter(own))}: the plan removes channels before it puts a projection there; pass the "
+                    "plan of the blocks alone, and the model that it was made on"
+                )
+            self._projections |= own
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that get a projection."""
+        return tuple(self._projections)
+
+    def update(self, model: nn.Module, batch: Inputs) -> None:
+        """Run ``model``, which still has the blocks, on one batch; it is left as it was.
+
+        Raises:
+            PlanMismatchError: if the plan was made for another model.
+            InvalidInputError: if a block gives another shape than the plan says.
+            NonFiniteError: if activations are NaN or infinite; names the block. The batch does not count.
+            ForwardError: if the model raises.
+        """
+        self.plan.check(model)
+        entering: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        seen: dict[str, _Moments] = {}
+        odd: dict[str, str] = {}
+        names = {model.get_submodule(name): name for name in self._projections}
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            name = names[module]
+            projection = self._projections[name]
+            hidden = _inputs.first_tensor(args)
+            hidden = _inputs.first_tensor(kwargs) if hidden is None else hidden
+            if hidden is None:
+                return
+            shape = tuple(hidden.shape)
+            if projection.stride:
+                picks = (slice(None), slice(None), *(slice(None, None, step) for step in projection.stride))
+                hidden = hidden[picks]
+            # Copied, since the block may write into its input.
+            entering[name] = shape, _rows(hidden, projection).clone()
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            name = names[module]
+            projection = self._projections[name]
+            hidden = _inputs.first_tensor(output)
+            shape, x = entering.pop(name, ((), None))
+            if x is None or hidden is None:
+                odd[name] = "takes or gives no tensor"
+            elif x.shape[1] != projection.inputs or projection.output_shape(shape) != tuple(hidden.shape):
+                odd[name] = (
+                    f"takes {shape} and gives {tuple(hidden.shape)}, the plan has {projection.inputs} to "
+                    f"{projection.outputs} channels, stride {projection.stride}"
+                )
+            else:
+                moments = _Moments.of(x, _rows(hidden, projection))
+                seen[name] = seen[name].merge(moments) if name in seen else moments
+
+        handles: list[Any] = []
+        try:
+            for module in names:
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after))
+            with _inputs.evaluating(model), torch.no_grad():
+                _inputs.call(model, _inputs.to_model(batch, model))
+        except InvalidInputError:
+            raise
+        except Exception as error:
+            raise ForwardError(
+                f"{type(model).__name__} raised {type(error).__name__} on a batch for the projections: {error}"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in self._projections:
+            if name in odd:
+                raise InvalidInputError(
+                    f"{name}: {odd[name]}; pass the model that the plan was made on, and inputs like its example"
+                )
+            if name not in seen:
+                raise InvalidInputError(
+                    f"{name}: did not run on this batch, so that nothing can be fitted to it"
+                )
+            if not seen[name].is_finite():
+                raise NonFiniteError(
+                    f"{name}: its input or output is NaN or infinite on this batch, wanted finite numbers"
+                )
+        for name, moments in seen.items():
+            self._moments[name] = self._moments[name].merge(moments) if name in self._moments else moments
+
+    def merge(self, other: ProjectionFit) -> ProjectionFit:
+        """The fit of the batches of both.
+
+        Raises:
+            InvalidInputError: if the fits are of different blocks.
+        """
+        if self._projections != other._projections:
+            raise InvalidInputError(f"the fits are of different blocks: {self.blocks} and {other.blocks}")
+        merged = ProjectionFit(self.plan)
+        merged._moments = dict(self._moments)
+        for name, moments in other._moments.items():
+            mine = merged._moments.get(name)
+            merged._moments[name] = moments if mine is None else mine.merge(moments)
+        return merged
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> ProjectionFit:
+        """The fit of the batches of all processes of ``group``, the same on each; a process may have had none.
+
+        Raises:
+            InvalidInputError: torch.distributed is not initialised.
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise InvalidInputError("all_reduce needs torch.distributed.init_process_group() first")
+        on_gpu = dist.get_backend(group) == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+        def total(*tensors: Tensor) -> list[Tensor]:
+            flat = torch.cat([tensor.to(device).flatten() for tensor in tensors])
+            dist.all_reduce(flat, group=group)
+            sizes = [tensor.numel() for tensor in tensors]
+            return [part.view(t.shape) for part, t in zip(flat.split(sizes), tensors, strict=True)]
+
+        reduced = ProjectionFit(self.plan)
+        for name, projection in self._projections.items():
+            own = self._moments.get(name) or _Moments.empty(projection, device)
+            count, sum_x, sum_y = total(own.count, own.count * own.mean_x, own.count * own.mean_y)
+            if not count > 0:
+                continue
+            mean_x, mean_y = sum_x / count, sum_y / count
+            here = own.about(mean_x.to(own.xx.device), mean_y.to(own.xx.device))
+            reduced._moments[name] = _Moments(count, mean_x, mean_y, *total(*here))
+        return reduced
+
+    def solve(self, *, ridge: float = 1e-6) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Weight (outputs, inputs) and bias (outputs,) in float64 on the CPU, and relative residual, by block.
+
+        They minimise ``‖Y − X Wᵀ − b‖²_F + λ‖W‖²_F`` with ``λ = ridge`` times the mean over channels of the
+        summed squared deviations of ``X``; the residual is ``‖Y − X Wᵀ − b‖_F / ‖Y‖_F``.
+
+        Args:
+            ridge: 0 for plain least squares, of which the smallest solution is taken.
+
+        Raises:
+            InvalidInputError: if ``ridge`` is negative or not finite.
+            EmptyDataError: if there was no batch.
+        """
+        if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf:
+            raise InvalidInputError(f"ridge: got {ridge!r}, wanted a number, 0 or more")
+        if self._projections.keys() - self._moments.keys():
+            raise EmptyDataError("there is no batch to fit projections to")
+        return {name: self._moments[name].solve(ridge) for name in self._projections}
+
+    def write(self, pruned: nn.Module, *, ridge: float = 1e-6) -> dict[str, float]:
+        """Solve, and put the weights into ``pruned``; gives the relative residuals, see :meth:`solve`.
+
+        Raises:
+            InvalidInputError, EmptyDataError: as :meth:`solve`.
+            PlanMismatchError: if ``pruned`` is not what the plan makes.
+        """
+        layers = {name: _projection_layer(pruned, name, p) for name, p in self._projections.items()}
+        residuals: dict[str, float] = {}
+        with torch.no_grad():
+            for name, (weight, bias, residual) in self.solve(ridge=ridge).items():
+                parameters = dict(layers[name].named_parameters())
+                parameters["weight"].copy_(weight.reshape(parameters["weight"].shape))
+                parameters["bias"].copy_(bias)
+                residuals[name] = residual
+        return residuals
+
+
+def _projection_layer(pruned: nn.Module, name: str, projection: Projection) -> nn.Module:
+    try:
+        block = pruned.get_submodule(name)
+    except AttributeError:
+        block = None
+    wanted = (projection.outputs, projection.inputs)
+    if not isinstance(block, ProjectionBlock):
+        raise PlanMismatchError(
+            f"{name}: wanted the ProjectionBlock that the plan puts there, got {type(block).__name__}; pass what "
+            "plan.apply(model) gave"
+        )
+    shape = next(tuple(p.shape[:2]) for p in block.projection.parameters())
+    if shape != wanted:
+        raise PlanMismatchError(
+            f"{name}: the plan puts a projection of {wanted} channels (out, in) there, the model has {shape}"
+        )
+    return block.projection
+
+
+def fit_projections(
+    model: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    *,
+    ridge: float = 1e-6,
+) -> dict[str, float]:
+    """Fill the projections of ``pruned`` by least squares: each learns what its block did in ``model``.
+
+    ``model`` runs over the batches once, in evaluation mode; :class:`ProjectionFit` does the work, and can be
+    shared out over processes. The result does not depend on random numbers.
+
+    Args:
+        model: the one that ``plan`` was made on, which still has the blocks; left as it is.
+        pruned: ``plan.apply(model)``, or a model with the same projections; changed in place.
+        batches: inputs of the model: tensors, tuples of positional arguments, mappings of keyword arguments.
+        ridge: see :meth:`ProjectionFit.solve`.
+
+    Returns:
+        The relative residual ``‖Y − Ŷ‖_F / ‖Y‖_F`` of each projection, by the name of its block; empty, without
+        reading a batch, if the plan has none.
+
+    Raises:
+        InvalidInputError: for a wrong ``ridge``, batches of no known form or other shapes than the plan says.
+        EmptyDataError: if there is no batch.
+        NonFiniteError: if activations are NaN or infinite; names the block.
+        ForwardError: if the model raises.
+        PlanMismatchError: if ``model`` or ``pruned`` is none of this plan.
+    """
+    fit = ProjectionFit(plan)
+    if not fit.blocks:
+        return {}
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise InvalidInputError(
+            f"batches: got {type(batches).__name__}, wanted an iterable of batches: pass [batch] for one"
+        )
+    for name in fit.blocks:
+        _projection_layer(pruned, name, fit._projections[name])
+    for batch in batches:
+        fit.update(model, batch)
+    return fit.write(pruned, ridge=ridge)

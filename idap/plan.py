@@ -6,8 +6,8 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +43,10 @@ class IdentityBlock(nn.Module):
         hidden = _inputs.first_tensor(args)
         if hidden is None:
             hidden = _inputs.first_tensor(kwargs)
+        return self.arrange(hidden, args, kwargs)
+
+    def arrange(self, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``hidden`` in the form in which the block returned its hidden state, for these arguments."""
         if self.returns == "tensor":
             return hidden
         items: list[Any] = []
@@ -60,6 +64,95 @@ class IdentityBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"returns={self.returns!r}"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The linear map that stands in for a block whose output has another shape than its input.
+
+    Attributes:
+        kind: ``"conv1d"``, ``"conv2d"``, ``"conv3d"``: a convolution with a kernel of one position over
+            (B, C, *); ``"linear"``: a linear layer over (B, C) or (B, *, C).
+        inputs: channels of the block's input.
+        outputs: channels of its output.
+        stride: one number a spatial axis, with ``out = ceil(in / stride)``; empty for ``"linear"``.
+
+    Raises:
+        InvalidInputError: for an unknown kind, a width or stride below 1, or the wrong number of strides.
+    """
+
+    kind: str
+    inputs: int
+    outputs: int
+    stride: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in _SPATIAL:
+            raise InvalidInputError(f"projection: got kind {self.kind!r}, wanted one of {list(_SPATIAL)}")
+        numbers = (self.inputs, self.outputs, *self.stride)
+        whole = all(isinstance(number, int) and number > 0 for number in numbers)
+        if not whole or len(self.stride) != _SPATIAL[self.kind]:
+            raise InvalidInputError(
+                f"projection: got {self.inputs!r} inputs, {self.outputs!r} outputs, stride {self.stride!r}; "
+                f"wanted positive whole numbers, and {_SPATIAL[self.kind]} strides for {self.kind}"
+            )
+
+    @property
+    def params(self) -> int:
+        """Number of parameters, with the bias."""
+        return (self.inputs + 1) * self.outputs
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape that comes out when ``shape`` goes in."""
+        if self.kind == "linear":
+            return (*shape[:-1], self.outputs)
+        spatial = (-(-size // step) for size, step in zip(shape[2:], self.stride, strict=True))
+        return (shape[0], self.outputs, *spatial)
+
+
+_SPATIAL = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "linear": 0}
+_CONVOLUTIONS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+
+
+class ProjectionBlock(IdentityBlock):
+    """Stands in for a removed block whose output has another shape: projects its first tensor argument.
+
+    The weights begin at zero, without drawing random numbers; :func:`idap.layers.fit_projections` fills them.
+
+    Args:
+        projection: the linear map; it becomes the submodule ``projection``, an ordinary layer with a bias.
+        returns: see :class:`IdentityBlock`.
+        memory_format: of the weights of a convolution.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        returns: Returns = "tensor",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        super().__init__(returns)
+        sizes: tuple[Any, ...] = (projection.inputs, projection.outputs)
+        # On the meta device, since there the layer's own initialisation draws nothing.
+        with torch.device("meta"):
+            self.projection: nn.Module = (
+                nn.Linear(*sizes)
+                if projection.kind == "linear"
+                else _CONVOLUTIONS[projection.kind](*sizes, 1, stride=projection.stride)
+            )
+        for name, parameter in list(self.projection.named_parameters()):
+            layout = memory_format if parameter.dim() > 2 else torch.contiguous_format
+            empty = torch.empty(parameter.shape, device=device, dtype=dtype, memory_format=layout)
+            self.projection.register_parameter(name, nn.Parameter(empty.zero_()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = _inputs.first_tensor(args)
+        if hidden is None:
+            hidden = _inputs.first_tensor(kwargs)
+        return self.arrange(self.projection(hidden), args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -90,17 +183,20 @@ class ChannelStep:
 
 @dataclass(frozen=True)
 class BlockRemoval:
-    """A block that the identity stands in for.
+    """A block that the identity, or a projection, stands in for.
 
     Attributes:
         name: qualified module name.
         type: class name of the module that goes.
-        returns: what the identity gives back; see :class:`IdentityBlock`.
+        returns: what comes back in its place; see :class:`IdentityBlock`.
+        projection: the linear map in its place, in the widths that the steps before leave; None for the
+            identity.
     """
 
     name: str
     type: str
     returns: Returns = "tensor"
+    projection: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -145,11 +241,14 @@ class PruningPlan:
     def apply(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
         """The pruned counterpart of ``model``, which is left alone.
 
-        Training mode, ``requires_grad`` and tied parameters come out as they are in ``model``.
+        Training mode, ``requires_grad`` and tied parameters come out as they are in ``model``. Projections
+        come out with weights of zero, in the dtype, memory format and on the device of the block they stand in
+        for, and trainable if any of its parameters was.
 
         Args:
             example_inputs: if given, original and pruned model run on them in evaluation mode, and the
-                outputs must have the same structure and shapes, and be finite where the original's are.
+                outputs must have the same structure and shapes, and be finite where the original's are. Where
+                blocks go, outputs after the first that they made (such as cached keys) may be missing.
 
         Raises:
             PlanMismatchError: if the plan was made for another model; names the first layer that differs.
@@ -158,7 +257,7 @@ class PruningPlan:
         self.check(model)
         pruned = _carry_out(model, self.steps)
         if example_inputs is not None:
-            check_forward(model, pruned, example_inputs)
+            check_forward(model, pruned, example_inputs, shorter=bool(self.removed_blocks))
         return pruned
 
     def check(self, model: nn.Module) -> None:
@@ -168,20 +267,20 @@ class PruningPlan:
             PlanMismatchError: names the first layer that differs, and how.
         """
         sizes: dict[tuple[str, str, int], int] = {}
-        gone: list[str] = []
+        gone: dict[str, BlockRemoval] = {}
         for step in self.steps:
             if isinstance(step, BlockStep):
                 for block in step.removals:
                     _check_block(model, block, gone)
-                    gone.append(block.name)
+                    gone[block.name] = block
                 continue
             for removal in step.removals:
                 key = _side_key(removal.layer, removal.kind, removal.dim)
-                if any(removal.layer == name or removal.layer.startswith(name + ".") for name in gone):
-                    raise PlanMismatchError(
-                        f"{removal.layer}: the plan cuts it after removing the block it is in"
-                    )
-                actual = _groups.side_size(model, removal.layer, removal.kind, removal.dim)
+                owner = next((b for name, b in gone.items() if _is_in(removal.layer, name)), None)
+                if owner is not None:
+                    actual = _projection_size(owner, removal)
+                else:
+                    actual = _groups.side_size(model, removal.layer, removal.kind, removal.dim)
                 actual = sizes.get(key, actual)
                 if actual != removal.size:
                     raise PlanMismatchError(
@@ -204,15 +303,14 @@ class PruningPlan:
         """How far the pruned model is from the original with the removed contributions set to zero.
 
         The reference is ``model`` at full width in which every layer that reads removed channels has the
-        weights that read them set to zero (and blocks replaced as the plan says). Both run on
-        ``example_inputs`` in evaluation mode. For an exact plan only rounding is left.
+        weights that read them set to zero (and blocks replaced as the plan says; projections give zeros in
+        both). Both run on ``example_inputs`` in evaluation mode. For an exact plan only rounding is left.
 
         Returns:
             Largest absolute difference over all floating outputs, divided by the largest absolute value.
         """
-        pruned = self.apply(model)
-        reference = _masked(model, self.steps)
-        return _relative_difference(reference, pruned, example_inputs)
+        got = _outputs(self.apply(model), example_inputs)
+        return _inexactness(model, self, got, example_inputs)
 
     # ------------------------------------------------------------------------------- composition
 
@@ -326,7 +424,8 @@ class PruningPlan:
         lines = [f"Pruning plan for {self.model}: {len(self.steps)} step(s)"]
         for number, step in enumerate(self.steps, start=1):
             if isinstance(step, BlockStep):
-                lines.append(f"  {number}. blocks: {', '.join(r.name for r in step.removals) or 'none'}")
+                names = (r.name + (" (projected)" if r.projection else "") for r in step.removals)
+                lines.append(f"  {number}. blocks: {', '.join(names) or 'none'}")
                 continue
             makers = [r for r in step.removals if r.kind in ("conv_out", "linear_out", "embedding")]
             lost, total = sum(len(r.removed) for r in makers), sum(r.size for r in makers)
@@ -389,7 +488,25 @@ def _side_key(layer: str, kind: str, dim: int) -> tuple[str, str, int]:
     return layer, kind, dim
 
 
-def _check_block(model: nn.Module, block: BlockRemoval, gone: Sequence[str]) -> None:
+def _is_in(name: str, owner: str) -> bool:
+    return name == owner or name.startswith(owner + ".")
+
+
+def _projection_size(block: BlockRemoval, removal: ChannelRemoval) -> int:
+    """Channels of one side of the projection in the place of ``block``, as it was put there."""
+    projection = block.projection
+    if projection is None or removal.layer != f"{block.name}.projection":
+        raise PlanMismatchError(f"{removal.layer}: the plan cuts it after removing the block it is in")
+    layer = "linear" if projection.kind == "linear" else "conv"
+    sides = {f"{layer}_in": projection.inputs, f"{layer}_out": projection.outputs}
+    if removal.kind not in sides:
+        raise PlanMismatchError(
+            f"{removal.layer}: the plan cuts it as {removal.kind}, but puts a {projection.kind} there"
+        )
+    return sides[removal.kind]
+
+
+def _check_block(model: nn.Module, block: BlockRemoval, gone: Container[str]) -> None:
     try:
         module = model.get_submodule(block.name)
     except AttributeError:
@@ -421,6 +538,31 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     model.get_submodule(owner)._parameters[key] = parameter
 
 
+def _is_channels_last(weight: Tensor) -> bool:
+    if weight.dim() not in (4, 5):
+        return False
+    # The strides, since a filter of one position is contiguous in either format.
+    meta = torch.empty(weight.shape, device="meta")
+    layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+    return weight.stride() == torch.empty_like(meta, memory_format=layout).stride() != meta.stride()
+
+
+def _stand_in(block: BlockRemoval, module: nn.Module) -> IdentityBlock:
+    """What takes the place of ``module``: in its mode and, if it has weights, of their kind."""
+    if block.projection is None:
+        return IdentityBlock(block.returns).train(module.training)
+    weights = [p for p in module.parameters() if p.is_floating_point()]
+    first = next((p for p in weights if p.dim() > 1), weights[0] if weights else torch.empty(0))
+    layout = torch.contiguous_format
+    if any(_is_channels_last(weight) for weight in weights):
+        layout = {"conv2d": torch.channels_last, "conv3d": torch.channels_last_3d}.get(
+            block.projection.kind, layout
+        )
+    return ProjectionBlock(
+        block.projection, block.returns, device=first.device, dtype=first.dtype, memory_format=layout
+    ).train(module.training)
+
+
 def _carry_out(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
     """Replay on a deep copy; ties, gradients wanted or not, and modes are those of ``model``."""
     pruned = copy.deepcopy(model)
@@ -430,9 +572,13 @@ def _carry_out(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
         for step in steps:
             if isinstance(step, BlockStep):
                 for block in step.removals:
-                    identity = IdentityBlock(block.returns)
-                    identity.train(pruned.get_submodule(block.name).training)
-                    _set_submodule(pruned, block.name, identity)
+                    module = pruned.get_submodule(block.name)
+                    substitute = _stand_in(block, module)
+                    _set_submodule(pruned, block.name, substitute)
+                    wanted = {name: flag for name, flag in wanted.items() if not _is_in(name, block.name)}
+                    ties = [[name for name in names if not _is_in(name, block.name)] for names in ties]
+                    trainable = any(parameter.requires_grad for parameter in module.parameters())
+                    wanted |= {f"{block.name}.{n}": trainable for n, _ in substitute.named_parameters()}
                 continue
             for removal in step.removals:
                 _groups.cut(pruned, removal.layer, removal.kind, removal.removed, removal.dim)
@@ -442,7 +588,6 @@ def _carry_out(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
         raise SurgeryError(f"the plan could not be carried out ({type(error).__name__}: {error})") from error
     present = dict(pruned.named_parameters(remove_duplicate=False))
     for names in ties:
-        names = [name for name in names if name in present]
         for name in names[1:]:
             first = present[names[0]]
             if first is present[name]:
@@ -463,17 +608,38 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     return a.is_meta or torch.equal(a, b)
 
 
+class _Silenced(IdentityBlock):
+    """A block whose hidden state comes out as zeros, like that of a projection before its fit."""
+
+    def __init__(self, block: nn.Module, returns: Returns) -> None:
+        super().__init__(returns)
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # The block runs for the shape alone: at full width it is not the one that the plan names.
+        hidden = _inputs.first_tensor(self.block(*args, **kwargs))
+        assert hidden is not None
+        return self.arrange(torch.zeros_like(hidden), args, kwargs)
+
+
 def _masked(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
     """A full-width copy in which the weights that read removed channels are zero."""
     masked = copy.deepcopy(model)
     left: dict[tuple[str, str, int], list[int]] = {}
+    silenced: list[str] = []
     with torch.no_grad():
         for step in steps:
             if isinstance(step, BlockStep):
                 for block in step.removals:
-                    _set_submodule(masked, block.name, IdentityBlock(block.returns))
+                    substitute = IdentityBlock(block.returns)
+                    if block.projection is not None:
+                        substitute = _Silenced(masked.get_submodule(block.name), block.returns)
+                        silenced.append(block.name)
+                    _set_submodule(masked, block.name, substitute)
                 continue
             for removal in step.removals:
+                if any(_is_in(removal.layer, name) for name in silenced):
+                    continue
                 key = (removal.layer, removal.kind, removal.dim)
                 kept = left.setdefault(key, list(range(removal.size)))
                 dropped = set(removal.removed)
@@ -504,42 +670,65 @@ def _run(model: nn.Module, example_inputs: Inputs) -> Any:
         return _inputs.call(model, _inputs.to_model(example_inputs, model))
 
 
-def _relative_difference(reference: nn.Module, other: nn.Module, example_inputs: Inputs) -> float:
+Outputs: TypeAlias = "list[tuple[str, Tensor]]"
+
+
+def _outputs(model: nn.Module, example_inputs: Inputs) -> Outputs:
+    return _inputs.outputs_of(_run(model, example_inputs))
+
+
+def _inexactness(model: nn.Module, plan: PruningPlan, got: Outputs, example_inputs: Inputs) -> float:
+    """How far ``got``, the outputs of the pruned model, are from those of the reference at full width."""
+    reference = _outputs(_masked(model, plan.steps), example_inputs)
+    pairs = _paired(reference, got, shorter=bool(plan.removed_blocks))
     worst = 0.0
-    theirs = _inputs.outputs_of(_run(other, example_inputs))
-    for (path, wanted), (_, got) in zip(
-        _inputs.outputs_of(_run(reference, example_inputs)), theirs, strict=True
-    ):
-        if wanted.shape != got.shape:
-            raise SurgeryError(f"output{path}: got shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}")
+    for path, wanted, have in pairs:
+        if wanted.shape != have.shape:
+            raise SurgeryError(f"output{path}: got shape {tuple(have.shape)}, wanted {tuple(wanted.shape)}")
         if wanted.is_floating_point() and wanted.numel():
-            wanted, got = wanted.double(), got.double()
-            error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
+            wanted, have = wanted.double(), have.double()
+            error = float((have - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
             worst = max(worst, error) if error == error else float("nan")
     return worst
 
 
-def check_forward(model: nn.Module, pruned: nn.Module, example_inputs: Inputs) -> None:
+def _paired(wanted: Outputs, got: Outputs, shorter: bool) -> list[tuple[str, Tensor, Tensor]]:
+    """Outputs side by side, by their path; with ``shorter``, ``got`` may lack any but the first."""
+    theirs = dict(got)
+    paths = [path for path, _ in wanted]
+    found = [path for path in paths if path in theirs]
+    lacking = len(found) < len(paths) and not (shorter and found[:1] == paths[:1])
+    if len(found) < len(theirs) or lacking:
+        raise SurgeryError(
+            f"the pruned model returns {[path for path, _ in got]}, the original {paths}; the model is unchanged"
+        )
+    return [(path, tensor, theirs[path]) for path, tensor in wanted if path in theirs]
+
+
+def check_forward(
+    model: nn.Module, pruned: nn.Module, example_inputs: Inputs, *, shorter: bool = False
+) -> Outputs:
     """Run both models in evaluation mode and compare structure, shapes, dtypes and finiteness of the outputs.
+
+    Args:
+        shorter: the pruned model may lack outputs after the first, such as the cached keys of a removed block.
+
+    Returns:
+        The outputs of the pruned model.
 
     Raises:
         SurgeryError: if the pruned model raises or gives something of another form.
         NonFiniteError: if the original's own outputs are not finite.
     """
-    wanted = _inputs.outputs_of(_run(model, example_inputs))
+    wanted = _outputs(model, example_inputs)
     try:
-        got = _inputs.outputs_of(_run(pruned, example_inputs))
+        got = _outputs(pruned, example_inputs)
     except Exception as error:
         raise SurgeryError(
             f"the pruned {type(model).__name__} raised {type(error).__name__} in its check: {error}; the "
             "model is unchanged. A width may be written into its forward pass: name that layer in `ignore`"
         ) from error
-    if [path for path, _ in wanted] != [path for path, _ in got]:
-        raise SurgeryError(
-            f"the pruned model returns {[p for p, _ in got]}, the original {[p for p, _ in wanted]}; "
-            "the model is unchanged"
-        )
-    for (path, old), (_, new) in zip(wanted, got, strict=True):
+    for path, old, new in _paired(wanted, got, shorter):
         if old.shape != new.shape or old.dtype != new.dtype:
             raise SurgeryError(
                 f"output{path}: got {tuple(new.shape)} {new.dtype} from the pruned model, wanted "
@@ -553,6 +742,21 @@ def check_forward(model: nn.Module, pruned: nn.Module, example_inputs: Inputs) -
             raise SurgeryError(
                 f"output{path}: the pruned model gives non-finite values; the model is unchanged"
             )
+    return got
+
+
+def apply_and_compare(plan: PruningPlan, model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, float]:
+    """``plan.apply(model, example_inputs)`` and ``plan.exactness_error(model, example_inputs)`` in one go.
+
+    Each of the three models is made, and runs, once.
+
+    Raises:
+        PlanMismatchError, SurgeryError, NonFiniteError: as :meth:`PruningPlan.apply`.
+    """
+    plan.check(model)
+    pruned = _carry_out(model, plan.steps)
+    got = check_forward(model, pruned, example_inputs, shorter=bool(plan.removed_blocks))
+    return pruned, _inexactness(model, plan, got, example_inputs)
 
 
 def _cost_to_dict(cost: Cost | None) -> dict[str, int | None] | None:
@@ -565,11 +769,25 @@ def _cost_from_dict(data: Mapping[str, Any] | None) -> Cost | None:
     return Cost(int(data["params"]), None if data["macs"] is None else int(data["macs"]))
 
 
+def _block_to_dict(removal: BlockRemoval) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": removal.name, "type": removal.type, "returns": removal.returns}
+    if removal.projection is not None:
+        data["projection"] = asdict(removal.projection) | {"stride": list(removal.projection.stride)}
+    return data
+
+
+def _block_from_dict(data: Mapping[str, Any]) -> BlockRemoval:
+    form = data.get("projection")
+    if form is not None:
+        form = Projection(form["kind"], form["inputs"], form["outputs"], tuple(form["stride"]))
+    return BlockRemoval(data["name"], data["type"], data["returns"], form)
+
+
 def _step_to_dict(step: Step) -> dict[str, Any]:
     if isinstance(step, BlockStep):
         return {
             "kind": "blocks",
-            "removals": [{"name": r.name, "type": r.type, "returns": r.returns} for r in step.removals],
+            "removals": [_block_to_dict(removal) for removal in step.removals],
         }
     return {
         "kind": "channels",
@@ -582,7 +800,7 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
 
 def _step_from_dict(data: Mapping[str, Any]) -> Step:
     if data["kind"] == "blocks":
-        return BlockStep(tuple(BlockRemoval(r["name"], r["type"], r["returns"]) for r in data["removals"]))
+        return BlockStep(tuple(_block_from_dict(removal) for removal in data["removals"]))
     if data["kind"] != "channels":
         raise ValueError(f"unknown kind of step {data['kind']!r}")
     return ChannelStep(

@@ -76,6 +76,137 @@ def test_encoder_and_decoder_layers() -> None:
         truncate_layers(model, dict.fromkeys(names, 0.0), inputs, count=4)
 
 
+TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+# Class of transformers, of its configuration, settings, lists of layers, and the layers that must stay.
+LANGUAGE_MODELS: dict[str, tuple[str, str, dict[str, Any], list[str], set[str]]] = {
+    "bert": (
+        "BertForSequenceClassification", "BertConfig", TINY | {"intermediate_size": 32},
+        ["bert.encoder.layer"], set(),
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel", "GPT2Config",
+        {"vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "bos_token_id": 0,
+         "eos_token_id": 1, "initializer_range": 0.3},
+        ["transformer.h"], set(),
+    ),
+    "llama": (
+        "LlamaForCausalLM", "LlamaConfig", TINY | {"intermediate_size": 32, "num_key_value_heads": 1},
+        ["model.layers"], set(),
+    ),
+    # The first layer of a stack owns the bias of positions that the others are given.
+    "t5": (
+        "T5ForConditionalGeneration", "T5Config",
+        {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2,
+         "decoder_start_token_id": 0},
+        ["encoder.block", "decoder.block"], {"encoder.block.0", "decoder.block.0"},
+    ),
+}  # fmt: skip
+
+
+def language_model(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    factory, config, settings, _, _ = LANGUAGE_MODELS[name]
+    model = getattr(transformers, factory)(getattr(transformers, config)(**settings)).eval()
+    ids = torch.randint(2, 60, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return model, inputs | ({"decoder_input_ids": ids[:, :5]} if name == "t5" else {})
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_whole_layers_of_language_models(name: str) -> None:
+    model, inputs = language_model(name)
+    _, _, _, stacks, staying = LANGUAGE_MODELS[name]
+    layers = [f"{stack}.{i}" for stack in stacks for i in range(3)]
+    blocks = find_blocks(model, inputs, projections=True)
+    assert [block.name for block in blocks] == [layer for layer in layers if layer not in staying]
+    assert all(block.residual and block.projection is None for block in blocks)
+    # All layers are offered; the second of each stack goes, and those that must not go stay.
+    divergences = {layer: float(not layer.endswith(".1")) for layer in layers}
+    plan = truncate_layers(model, divergences, inputs, count=len(stacks))
+    assert plan.removed_blocks == tuple(f"{stack}.1" for stack in stacks)
+    assert {s.root for s in plan.skipped} == staying
+    short = plan.apply(model, inputs)
+    for stack in stacks:
+        del model.get_submodule(stack)[1]
+    with torch.no_grad():
+        assert torch.equal(short(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_language_model_without_its_first_layer_generates() -> None:
+    model, inputs = language_model("gpt2")
+    plan = truncate_layers(model, {"transformer.h.0": 0.0}, inputs, count=1)
+    short = plan.apply(model, inputs)
+    wanted = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(5):
+            wanted = torch.cat([wanted, short(wanted, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    # Every step after the first reads the cache, which has nothing of the layer that is gone.
+    got = short.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(got, wanted)
+    assert not torch.equal(got, model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
+    ))  # fmt: skip
+
+
+def test_timm_vision_transformer() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, depth=3, embed_dim=24, num_heads=3)
+    x = torch.randn(2, 3, 32, 32)
+    blocks = find_blocks(model, x, projections=True)
+    assert [(b.name, b.type, b.shape) for b in blocks] == [
+        (f"blocks.{i}", "Block", (2, 17, 24)) for i in range(3)
+    ]
+    short = truncate_layers(model, {"blocks.1": 0.0}, x, count=1).apply(model, x)
+    del model.blocks[1]
+    with torch.no_grad():
+        assert torch.equal(short.eval()(x), model.eval()(x))
+
+
+def test_transformer_encoder_of_torch() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 16), nn.TransformerEncoder(layer, 3), nn.Linear(16, 3))
+    x = torch.randn(2, 5, 4)
+    blocks = find_blocks(model, x, projections=True)
+    assert [block.name for block in blocks] == [f"1.layers.{i}" for i in range(3)]
+    plan = truncate_layers(model, {"1.layers.2": 0.0, "1.layers.1": 1.0}, x, count=1)
+    short = plan.apply(model, x)
+    del model[1].layers[2]
+    with torch.no_grad():
+        torch.testing.assert_close(short.eval()(x), model.eval()(x))
+
+
+class Halves(nn.Module):
+    """A layer of two parts with a sum each, which alone are all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.wide = Layer(), Wide()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(self.mix(x)[0])
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def test_a_layer_of_two_parts_is_a_block_only_in_a_row_of_its_class() -> None:
+    x = torch.randn(2, 3, 4)
+    row = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Halves(), Halves()), nn.Linear(8, 2))
+    assert [block.name for block in find_blocks(row, x)] == ["1.0", "1.1"]
+    alone = nn.Sequential(nn.Linear(4, 8), Halves(), nn.Linear(8, 2))
+    assert [block.name for block in find_blocks(alone, x)] == ["1.mix", "1.wide"]
+    stages = nn.Sequential(
+        nn.Linear(4, 8), *(nn.Sequential(Wide(), PostNorm()) for _ in range(2)), nn.Linear(8, 2)
+    )
+    assert [block.name for block in find_blocks(stages, x)] == ["1.0", "1.1", "2.0", "2.1"]
+
+
 class Layer(nn.Module):
     """A transformer layer as text models have them: masks pass through, a tuple comes back."""
 

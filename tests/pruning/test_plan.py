@@ -27,6 +27,7 @@ from idap.plan import (
     ChannelStep,
     Cost,
     IdentityBlock,
+    Projection,
     PruningPlan,
 )
 
@@ -56,7 +57,12 @@ channel_steps = st.lists(
     max_size=4,
 ).map(lambda items: ChannelStep(tuple(items)))
 returns = st.sampled_from(["tensor", ["hidden", "none"], ["hidden", ["arg", 1], ["kwarg", "mask"]]])
-block_steps = st.lists(st.builds(BlockRemoval, names, names, returns), max_size=3).map(
+widths = st.integers(1, 99)
+projections = st.none() | st.one_of(
+    st.builds(Projection, st.just("linear"), widths, widths),
+    st.builds(Projection, st.just("conv2d"), widths, widths, st.tuples(widths, widths)),
+)
+block_steps = st.lists(st.builds(BlockRemoval, names, names, returns, projections), max_size=3).map(
     lambda items: BlockStep(tuple(items))
 )
 costs = st.none() | st.builds(Cost, st.integers(0, 10**15), st.none() | st.integers(0, 10**15))
@@ -185,6 +191,65 @@ def test_plans_compose() -> None:
         first + 1  # type: ignore[operator]
 
 
+class Counting(Residual):
+    """Counts its forward passes, over all copies."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counting.runs += 1
+        return super().forward(x)
+
+
+def test_apply_and_compare_is_both_in_three_passes() -> None:
+    model = Counting().double()
+    x = X.double()
+    plan = prune(model, x)
+    Counting.runs = 0
+    pruned, error = plans.apply_and_compare(plan, model, x)
+    assert Counting.runs == 3
+    assert same_bits(pruned, plan.apply(model, x))
+    assert error == plan.exactness_error(model, x) < 1e-12
+    with pytest.raises(SurgeryError, match="KeyError"):
+        plans.apply_and_compare(prune(Chain()), Trap(), X)
+
+
+class Keeper(nn.Module):
+    """Gives what its blocks have kept beside its result, as models with a cache do."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+            cache.append(self.fc(x))
+            return x + cache[-1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.order = nn.ModuleList([Keeper.Part(), Keeper.Part()]), ("out", "cache")
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        cache: list[Tensor] = []
+        for part in self.parts:
+            x = part(x, cache)
+        found = {"out": x, "cache": cache}
+        return {key: found[key] for key in self.order}
+
+
+def test_what_a_removed_block_kept_may_be_missing() -> None:
+    model, x = Keeper(), torch.randn(2, 4)
+    plan = PruningPlan("Keeper", (BlockStep((BlockRemoval("parts.1", "Part"),)),))
+    assert len(plan.apply(model, x)(x)["cache"]) == 1
+    assert plan.exactness_error(model, x) == 0.0
+    model.parts[0] = IdentityBlock()
+    plan.apply(model, x)
+    model.order = ("cache", "out")
+    with pytest.raises(SurgeryError, match="the pruned model returns"):
+        plan.apply(model, x)
+
+
 def test_channels_then_blocks() -> None:
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.resnet18(weights=None, num_classes=10)
@@ -304,6 +369,8 @@ def test_summary() -> None:
     text = str(plan)
     assert "Residual" in text
     assert f"{plan.before.params:,} -> {plan.after.params:,}" in text
+    removals = (BlockRemoval("a", "A"), BlockRemoval("b", "B", projection=Projection("linear", 3, 4)))
+    assert "blocks: a, b (projected)" in PruningPlan("M", (BlockStep(removals),)).summary()
     assert "fc (5): its channels are an output of the model" in text
     many = replace(plan, skipped=plan.skipped * 20)
     assert "... and 15 more" in many.summary(width=5)
