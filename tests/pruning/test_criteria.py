@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 import idap
 from idap import criteria
-from idap.errors import InvalidInputError
+from idap.errors import EmptyDataError, InvalidInputError, NonFiniteError
 
 LAYERS = {
     "conv": (nn.Conv2d(3, 7, 3, bias=False), (4, 3, 8, 8)),
@@ -102,6 +103,136 @@ def test_rivals_come_from_the_same_profile():
     close(criteria.positive_fraction(model, p)["0"], (y > 0).double().mean(1))
     for rival in criteria.RIVALS.values():
         assert list(rival(model, p)) == ["0", "2"]
+
+
+def test_a_filter_near_the_others_has_the_lowest_score_of_fpgm():
+    layer = nn.Conv2d(2, 5, 3, bias=False).double()
+    p = idap.profile(nn.Sequential(layer), [torch.randn(2, 2, 5, 5, dtype=torch.float64)], blocks=())
+    with torch.no_grad():
+        layer.weight[3] = layer.weight[[0, 1, 2, 4]].mean(0)
+    scores = criteria.fpgm(nn.Sequential(layer), p)["0"]
+    rows = layer.weight.detach().flatten(1)
+    wanted = [sum((row - other).norm() for other in rows) for row in rows]
+    torch.testing.assert_close(scores, torch.stack(wanted))
+    assert scores.argmin() == 3
+    with torch.no_grad():
+        layer.weight += 7.0  # what all filters share does not count, unlike for their norms
+    torch.testing.assert_close(criteria.fpgm(nn.Sequential(layer), p)["0"], scores)
+
+
+def test_random_scores_depend_on_name_and_seed_alone():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
+    x = torch.randn(2, 3, 6, 6)
+    once = criteria.random_scores(model, idap.profile(model, [x], blocks=()))
+    torch.manual_seed(5)
+    alone = criteria.random_scores(model, idap.profile(model, [x + 1], layers=["1"], blocks=()))
+    assert torch.equal(once["1"], alone["1"])
+    assert not torch.equal(once["0"], once["1"])
+    other = criteria.random_scores(model, idap.profile(model, [x], blocks=()), seed=1)
+    assert not torch.equal(once["0"], other["0"])
+    assert all(score.min() >= 0 and score.max() < 1 for score in once.values())
+
+
+def _classifier():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)
+    ).double()
+
+
+def test_taylor_is_the_formula():
+    model = _classifier().train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    pairs = [(torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.randint(4, (5,))) for _ in range(3)]
+    p = idap.profile(model, [x for x, _ in pairs], blocks=())
+    scores = criteria.taylor(pairs)(model, p)
+    twin = _classifier().eval()
+    wanted = {"0": 0.0, "4": 0.0}
+    for x, y in pairs:
+        twin.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        for name in wanted:
+            weight = twin.get_submodule(name).weight
+            wanted[name] += (weight * weight.grad).detach().square().flatten(1).sum(1) / len(pairs)
+    for name, value in wanted.items():
+        torch.testing.assert_close(scores[name], value)
+    assert model.training
+    assert all(not q.requires_grad and q.grad is None for q in model.parameters())
+    assert torch.equal(model[1].running_mean, torch.zeros(6))
+
+
+def test_taylor_of_a_linear_model_is_known_beforehand():
+    # L = Σ_k a_k · w_k · x with a = (0, 1, 2): the score of neuron k is a_k² Σ_i (w_ki x_i)².
+    layer = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(1, 4, dtype=torch.float64)
+    p = idap.profile(nn.Sequential(layer), [x], blocks=())
+    target = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
+    scores = criteria.taylor([(x, target)], loss=lambda y, a: (y * a).sum())(nn.Sequential(layer), p)["0"]
+    torch.testing.assert_close(scores, target[0] ** 2 * (layer.weight * x).detach().square().sum(1))
+    assert scores[0] == 0
+
+
+@pytest.mark.parametrize("name", ["transposed", "transposed_grouped", "grouped", "tokens"])
+def test_taylor_has_a_score_for_every_filter(name):
+    layer, shape = LAYERS[name]
+    model, x = nn.Sequential(layer.float()), torch.randn(shape)
+    p = idap.profile(model, [x], blocks=())
+    scores = criteria.taylor([(x, 0)], loss=lambda y, _: y.square().sum())(model, p)["0"]
+    assert scores.shape == (p.layers["0"].channels,)
+    assert (scores > 0).all()
+
+
+def test_taylor_reads_a_parametrised_weight():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), nn.Flatten())
+    x = torch.randn(2, 3, 6, 6)
+    p = idap.profile(model, [x], blocks=())
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten())
+    plain[0].weight.data, plain[0].bias.data = model[0].weight.detach(), model[0].bias.detach()
+    rival = criteria.taylor([(x, 0)], loss=lambda y, _: y.square().sum())
+    torch.testing.assert_close(rival(model, p)["0"], rival(plain, p)["0"])
+
+
+def test_taylor_refuses_what_it_cannot_use():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    x = torch.randn(2, 3, 3, 3)
+    p = idap.profile(model, [x], blocks=())
+    with pytest.raises(EmptyDataError, match="taylor"):
+        criteria.taylor([])(model, p)
+    with pytest.raises(InvalidInputError, match="pair"):
+        criteria.taylor([x])(model, p)
+    with pytest.raises(InvalidInputError, match=r"\(2, 4\)"):
+        criteria.taylor([(x, 0)], loss=lambda y, _: y)(model, p)
+    with pytest.raises(NonFiniteError, match="'0'"):
+        criteria.taylor([(x, 0)], loss=lambda y, _: y.sum() * float("inf"))(model, p)
+
+
+def test_bn_scale_reads_the_norm_behind_the_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(5)  # stands before its convolution in the list of modules
+            self.conv = nn.Conv2d(3, 5, 3)
+            self.late = nn.Conv2d(5, 4, 1)
+            self.late_norm = nn.BatchNorm2d(4)
+            self.plain = nn.BatchNorm2d(4, affine=False)
+            self.last = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = self.late(self.norm(self.conv(x)).relu())
+            return self.plain(self.last(self.late_norm(x.relu())))
+
+    model, x = Net(), torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([1.0, -3.0, 0.0, 2.0, -0.5]))
+    p = idap.profile(model, [x], blocks=())
+    scores = criteria.bn_scale(x)(model, p)
+    # The norm behind a ReLU and the one without scales say nothing about a filter.
+    assert list(scores) == ["conv"]
+    assert scores["conv"].tolist() == [1.0, 3.0, 0.0, 2.0, 0.5]
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(InvalidInputError, match="no layer of Sequential has a batch norm"):
+        criteria.bn_scale(x)(bare, idap.profile(bare, [x], blocks=()))
 
 
 def test_a_profile_of_another_model_is_refused():
