@@ -104,7 +104,7 @@ def _write(target: Path, model: nn.Module, plan: PruningPlan, extra: Mapping[str
         "strides": strides,
         "frozen": [n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
         "evaluating": [name for name, module in model.named_modules() if not module.training],
-        "versions": _versions(),
+        "versions": versions(),
         "extra": dict(extra),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -360,7 +360,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a pruned model depends on."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("idap", "torch-pruning", "safetensors"):
         try:

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import calibration, distributed
 from .complexity import count_macs, count_params
 from .criteria import flow_divergence, layer_divergence
 from .errors import EmptyDataError, InvalidInputError, TargetUnreachableError, TrainingError
 from .filters import prune_filters
-from .groups import Ignore, resolve_ignore
+from .groups import GroupScan, Ignore, Skipped, find_groups, is_head_group, resolve_ignore
+from .heads import find_heads
 from .inputs import call, device_of, evaluating, map_tensors, outputs_of, to_model
-from .layers import find_blocks, truncate_layers
+from .latency import compare_latency, measure_latency
+from .layers import ProjectionFit, block_filter_divergence, find_blocks, truncate_layers
 from .plan import Cost, PruningPlan
 from .profile import ActivationProfile, profile
+from .rundir import Journal, RunDirectory, fingerprint
 
 STAGES = ("filters", "layers")
-TARGETS = ("macs", "params")
-_NAMES = {"macs": "MACs", "params": "parameters"}
+TARGETS = ("macs", "params", "latency")
+_NAMES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 _TARGET_REACHED = "target reached"
 _SHARE_DONE = "its share of the way to the target is done"
 
@@ -57,10 +67,28 @@ class StepRecord:
     drift: float
     seconds: float
     note: str = ""
+    latency: float | None = None  # milliseconds a batch of the example's size; only where it is a target
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON holds it; numbers that are not finite become None."""
         return {key: _json_number(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepRecord:
+        """The inverse of :meth:`to_dict`: a metric or drift of None becomes NaN.
+
+        Raises:
+            InvalidInputError: an entry is missing or unknown.
+        """
+        values = dict(data)
+        for name in ("metric", "drift"):
+            if values.get(name) is None:
+                values[name] = math.nan
+        try:
+            return cls(**values)
+        except TypeError as error:
+            known = sorted(f.name for f in fields(cls))
+            raise InvalidInputError(f"not the record of a step ({error}); it has {known}") from error
 
 
 @dataclass(frozen=True)
@@ -80,9 +108,10 @@ class CompressionResult:
     metric: float
     drift: float
     budget: float
-    target: dict[str, int]  # in parameters or multiply-accumulates, whatever form it was given in
+    target: dict[str, float]  # counts and milliseconds, whatever form it was given in
     reached_target: bool
     stopped: dict[str, str]  # why each stage ended
+    latency: float | None = None
 
     @property
     def baseline(self) -> StepRecord:
@@ -96,6 +125,7 @@ class CompressionResult:
             "macs": self.macs,
             "metric": self.metric,
             "drift": _json_number(self.drift),
+            "latency_ms": self.latency,
             "budget": self.budget,
             "target": self.target,
             "reached_target": self.reached_target,
@@ -107,72 +137,109 @@ class CompressionResult:
 
 def compress(
     model: nn.Module,
-    batches: Iterable[Any],
+    data: Iterable[Any],
     *,
     evaluate: Callable[[nn.Module], float],
     finetune: Finetune | None = None,
-    final_finetune: Finetune | None = None,
+    final_finetune: Finetune | bool | None = None,
     target: Mapping[str, float] | None = None,
     budget: float = 0.05,
+    stages: Sequence[str] = STAGES,
     steps: int = 20,
     initial_ratio: float = 0.10,
     alpha: float = 1.5,
     halvings: int = 2,
-    stages: Sequence[str] = STAGES,
     first_share: float = 0.7,
     max_blocks: int | None = None,
     example_inputs: Any = None,
-    round_to: int = 8,
-    ignore: Ignore = (),
+    validation: Iterable[Any] | None = None,
     criterion: Criterion = flow_divergence,
+    scope: str = "global",
+    round_to: int = 8,
+    min_width: int = 1,
+    ignore: Ignore = (),
+    heads: bool = True,
+    compensate: bool = True,
+    recalibrate: bool = True,
+    project: bool = True,
     backend: str = "auto",
+    seed: int = 0,
+    directory: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool | Callable[[StepRecord], None] = True,
     on_stage: Callable[[str, nn.Module], None] | None = None,
-    seed: int = 0,
 ) -> CompressionResult:
     """Prune filters, then remove blocks, fine-tuning after every step, while the metric keeps the budget.
 
-    Stage ``"filters"``: step ``t`` of ``T = steps`` profiles the current model, scores its filters with
-    ``criterion`` and removes the share ``initial_ratio * (1 + t / T) ** alpha`` of what is left. A step after
-    which the metric has fallen by more than the budget is undone and tried again with half the share,
-    ``halvings`` times in a row at most.
+    Stage ``"filters"``: step ``t`` of ``T = steps`` profiles the current model, scores its filters and
+    attention heads with ``criterion`` and removes the share ``initial_ratio * (1 + t / T) ** alpha`` of what
+    is left. A step after which the metric has fallen by more than the budget is undone and tried again with
+    half the share, ``halvings`` times in a row at most.
 
     Stage ``"layers"``: removable blocks are ranked by block divergence, the lowest is replaced by the
     identity, and the change is kept if the metric stays within the budget; otherwise the block is put back
-    and marked essential. The divergences are computed anew after every removal that was kept.
+    and marked essential. Blocks that change the shape come last, by the mean divergence of their filters, and
+    get a projection fitted by least squares. The divergences are computed anew after every removal that was
+    kept.
+
+    After every surgery, before the fine-tuning, the next layers' biases take over what the removed channels
+    gave on average (``compensate``), and the statistics of the batch norms are estimated anew
+    (``recalibrate``).
 
     Both stages share one budget and one target. While another stage follows, the first may use the share
     ``first_share`` of the budget and of the way to the target. If the target is still out of reach at the
     end, the first stage goes on with all that is left. ``final_finetune`` then runs once; its result is
     undone if the metric is lower than before it and lower than that of the original.
 
+    With ``torch.distributed`` initialised every process calls this alike: each profiles its share of
+    ``data``, the statistics are merged, rank 0 decides, and only rank 0 writes.
+
     Args:
         model: left as it is; all work is done on copies.
-        batches: what the profile reads: a re-iterable of model inputs (tensors, tuples of positional
-            arguments, or dicts of keyword arguments), without targets. It is read several times a step.
+        data: what the profile reads: a re-iterable of model inputs (tensors, tuples of positional
+            arguments, or dicts of keyword arguments), without targets. It is read several times a step; the
+            same data each time makes a run repeatable.
         evaluate: gets a model in eval mode and returns a finite number, larger is better.
         finetune: trains the model in place after every step, or returns the trained one (anything returned
             that is no module is ignored); :func:`idap.training.finetune` does for both.
-        final_finetune: the last training; ``finetune`` if not given.
-        target: ``{"macs": x}`` and/or ``{"params": x}``, where ``x`` up to 1 is a fraction of the original
-            and above 1 an absolute count. Without a target the stages go on until the budget or their steps
-            are used up.
+        final_finetune: the last training; ``finetune`` if not given, none with False.
+        target: ``{"macs": x}``, ``{"params": x}``, ``{"latency": x}`` or several of them, where ``x`` up to 1
+            is a fraction of the original and above 1 an absolute number: multiply-accumulates, parameters,
+            milliseconds of a forward pass on ``example_inputs``, measured in turns with the original's.
+            Without a target the stages go on until the budget or their steps are used up.
         budget: by how much the metric may fall, in the metric's own units.
+        stages: the stages in their order, or one of them alone.
         max_blocks: how many blocks the second stage may remove; no limit if not given.
-        example_inputs: one input for tracing and counting; the first sample of the first batch if not given.
-        round_to: widths left are multiples of it.
-        ignore: layers whose width must stay, and blocks that must not be removed: names, patterns, classes or
-            modules, as in :func:`idap.prune_filters`.
+        example_inputs: one input for tracing, counting and timing; the first sample of the first batch if not
+            given.
+        validation: batches of model inputs on which the drift is measured; ``data`` if not given.
         criterion: function of ``(model, profile)`` giving scores per layer, such as
             :func:`idap.flow_divergence`.
-        progress: True prints a line a step; a function gets each :class:`StepRecord` instead.
+        scope: ``"global"`` ranks all groups together, ``"local"`` takes the same share of each.
+        round_to: widths left are multiples of it.
+        min_width: channels that every layer keeps at least.
+        ignore: layers whose width must stay, and blocks that must not be removed: names, patterns, classes or
+            modules, as in :func:`idap.prune_filters`.
+        heads: whether attention heads are pruned too.
+        compensate: whether biases take over the mean of what goes.
+        recalibrate: whether batch norms get new running statistics after each surgery.
+        project: whether blocks that change the shape may be replaced by a projection.
+        seed: seeds torch, numpy and random before every training; the caller's random states are put back
+            afterwards.
+        directory: where the run is kept: every decision as it falls, the model accepted last, and at the end
+            the pruned model (``model/``, for :func:`idap.load`) and ``result.json``.
+        resume: go on with the run in ``directory``, if there is one, from where it was interrupted. With a
+            repeatable ``finetune`` it ends at the same model.
+        progress: True prints a line a step; a function gets each new :class:`StepRecord` instead.
         on_stage: called with ``"filters"``, ``"layers"`` or ``"final"`` and the model kept at the end of that
-            stage, which must not be changed; after the final training only if its result was kept.
-        seed: seeds torch before every training; the caller's random state is put back afterwards.
+            stage, which must not be changed; after the final training only if its result was kept, and not
+            for stages that an earlier process has finished.
 
     Raises:
-        InvalidInputError: an argument is wrong, ``batches`` cannot be read more than once or holds nothing,
+        InvalidInputError: an argument is wrong, ``data`` cannot be read more than once or holds nothing,
             ``evaluate`` returns something else than a finite number.
+        ArtifactError: ``directory`` cannot be written or read, holds something else, or a run with another
+            model or other settings.
     """
     if not isinstance(model, nn.Module) or not callable(evaluate):
         raise InvalidInputError(
@@ -186,18 +253,32 @@ def compress(
         ("on_stage", on_stage),
         ("progress", progress),
     ):
-        optional = function is None or (name == "progress" and isinstance(function, bool))
+        optional = function is None or (
+            isinstance(function, bool) and (name == "progress" or (name == "final_finetune" and not function))
+        )
         if not callable(function) and not (optional and name != "criterion"):
             raise InvalidInputError(f"{name}: got {function!r}, wanted a function{_SIGNATURES.get(name, '')}")
     _check_settings(budget, steps, initial_ratio, alpha, halvings, stages, first_share, max_blocks)
-    first = _first_batch(batches)
-    device = device_of(model)
+    _check_target(target)
+    if resume and directory is None:
+        raise InvalidInputError("resume=True needs the directory of the run to go on with")
+    first = _first_batch(data)
+    processes = distributed.world()[1]
+    if processes > 1 and isinstance(data, Sized) and len(data) < processes:
+        raise InvalidInputError(
+            f"data holds {len(data)} batches for {processes} processes: every one needs at least one; make the "
+            "batches smaller"
+        )
     if example_inputs is None:
         example_inputs = _first_sample(first)
     example_inputs = to_model(example_inputs, model)
-    report = _printer() if progress is True else progress or (lambda record: None)
+    last = finetune if final_finetune is None else final_finetune
+    last = last if callable(last) else None
+    report = progress if callable(progress) else (lambda record: None)
+    if progress is True and distributed.world()[0] == 0:
+        report = _printer()
 
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+    with _random_states(device_of(model)):
         start = time.perf_counter()
         original = copy.deepcopy(model).eval()
         try:
@@ -208,58 +289,49 @@ def compress(
                 f"the model cannot run on the first batch, a {_describe(first)}: {error}. Batches hold model "
                 "inputs alone; for a loader of (input, target) pairs pass [x for x, _ in loader]"
             ) from error
-        params, macs = count_params(original), count_macs(original, example_inputs)
-        metric = _evaluate(evaluate, original)
-        if metric > 0 and budget >= metric:
-            raise InvalidInputError(
-                f"the budget {budget:g} allows the metric to fall from {metric:g} to nothing; it is counted "
-                "in the metric's own units, so give 0.05 for five points of an accuracy between 0 and 1"
-            )
-        base = StepRecord("base", "original", True, params, macs, metric, 0.0, time.perf_counter() - start)
-        run = _Run(
-            original=original,
-            batches=batches,
+        options = _Options(
+            data=data,
+            validation=data if validation is None else validation,
             evaluate=evaluate,
             finetune=finetune,
             example_inputs=example_inputs,
-            target=_absolute(target, params, macs),
             budget=budget,
             steps=steps,
             initial_ratio=initial_ratio,
             alpha=alpha,
             halvings=halvings,
             max_blocks=max_blocks,
-            round_to=round_to,
+            first_share=first_share,
             ignored=resolve_ignore(original, ignore),
             criterion=criterion,
+            scope=scope,
+            round_to=round_to,
+            min_width=min_width,
+            heads=heads,
+            compensate=compensate,
+            recalibrate=recalibrate,
+            project=project,
             backend=backend,
             seed=seed,
-            report=report,
-            model=original,
-            plan=PruningPlan(type(model).__name__, before=Cost(params, macs), after=Cost(params, macs)),
-            current=base,
-            history=[base],
         )
-        report(base)
-        run.stages(tuple(stages), first_share, on_stage)
-        run.finish(final_finetune or finetune)
-        if on_stage is not None and run.current.stage == "final":
-            on_stage("final", run.model)
-
-    current = run.current
-    return CompressionResult(
-        model=run.model if run.model is not original else copy.deepcopy(original),
-        plan=run.plan,
-        history=tuple(run.history),
-        params=current.params,
-        macs=current.macs,
-        metric=current.metric,
-        drift=current.drift,
-        budget=budget,
-        target=run.target,
-        reached_target=run.reached(1.0),
-        stopped=run.stopped,
-    )
+        journal = Journal()
+        with ExitStack() as stack:
+            if directory is not None:
+                settings = options.settings(original, stages, target, last)
+                journal = RunDirectory(directory, settings, resume=resume)
+                stack.callback(journal.close)
+                report = _also_to_tensorboard(report, journal, stack)
+            run = _Run(original, options, journal, report)
+            run.begin(target, start)
+            run.stages(tuple(stages), on_stage)
+            run.finish(last)
+            if on_stage is not None and run.current.stage == "final" and not run.replayed:
+                on_stage("final", run.model)
+            result = run.result()
+            if isinstance(journal, RunDirectory):
+                journal.finish(result, run.report(result, time.perf_counter() - start))
+            distributed.wait()
+    return result
 
 
 @torch.no_grad()
@@ -273,9 +345,14 @@ def drift(original: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> flo
         EmptyDataError: there is no batch.
         InvalidInputError: the outputs of the two models differ in shape.
     """
+    return _ratio(*_differences(original, pruned, batches))
+
+
+def _differences(original: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> tuple[float, float, int]:
+    """The two sums of the drift, and the number of batches."""
     difference = scale = 0.0
     count = 0
-    with evaluating(original), evaluating(pruned):
+    with evaluating(original), evaluating(pruned), torch.no_grad():
         for batch in batches:
             count += 1
             wanted, got = _outputs(original, batch), _outputs(pruned, batch)
@@ -287,6 +364,10 @@ def drift(original: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> flo
             for (_, a), (_, b) in zip(wanted, got, strict=True):
                 difference += float((a.double() - b.to(a.device).double()).square().sum())
                 scale += float(a.double().square().sum())
+    return difference, scale, count
+
+
+def _ratio(difference: float, scale: float, count: float) -> float:
     if not count:
         raise EmptyDataError("there is no batch to measure the drift on")
     if scale == 0:
@@ -294,41 +375,151 @@ def drift(original: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> flo
     return difference / scale
 
 
-@dataclass
-class _Run:
-    """The state of one call of :func:`compress`: the model kept so far, and the settings."""
+@dataclass(frozen=True)
+class _Options:
+    """What a run was asked for."""
 
-    original: nn.Module
-    batches: Iterable[Any]
+    data: Iterable[Any]
+    validation: Iterable[Any]
     evaluate: Callable[[nn.Module], float]
     finetune: Finetune | None
     example_inputs: Any
-    target: dict[str, int]
     budget: float
     steps: int
     initial_ratio: float
     alpha: float
     halvings: int
     max_blocks: int | None
-    round_to: int
+    first_share: float
     ignored: set[str]
     criterion: Criterion
+    scope: str
+    round_to: int
+    min_width: int
+    heads: bool
+    compensate: bool
+    recalibrate: bool
+    project: bool
     backend: str
     seed: int
-    report: Callable[[StepRecord], None]
-    model: nn.Module
-    plan: PruningPlan
-    current: StepRecord
-    history: list[StepRecord]
-    clock: float = field(default_factory=time.perf_counter)
-    stopped: dict[str, str] = field(default_factory=dict)
 
-    def stages(
-        self, names: tuple[str, ...], first_share: float, on_stage: Callable[[str, nn.Module], None] | None
+    def settings(
+        self,
+        original: nn.Module,
+        stages: Sequence[str],
+        target: Mapping[str, float] | None,
+        final_finetune: Finetune | None,
+    ) -> dict[str, Any]:
+        """All that the outcome depends on, as JSON data; functions are known by whether they are there."""
+        left_out = ("data", "validation", "evaluate", "finetune", "example_inputs", "criterion", "backend")
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        name = getattr(self.criterion, "__qualname__", type(self.criterion).__name__)
+        return plain | {
+            "model": f"{type(original).__name__} {fingerprint(original)[:16]}",
+            "stages": list(stages),
+            "target": dict(target or {}),
+            "ignored": sorted(self.ignored),
+            "criterion": name,
+            "finetune": self.finetune is not None,
+            "final_finetune": final_finetune is not None,
+            "processes": distributed.world()[1],
+        }
+
+
+class _Run:
+    """The state of one call of :func:`compress`: the model kept so far, and how it came about.
+
+    The course of a run depends on nothing but the values that went through ``journal``, so that a run that
+    was interrupted gets to the same point without computing anything.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        options: _Options,
+        journal: Journal,
+        report: Callable[[StepRecord], None],
     ) -> None:
+        self.original = original
+        self.options = options
+        self.journal = journal
+        self.report_step = report
+        self.plan = PruningPlan(type(original).__name__)
+        self.history: list[StepRecord] = []
+        self.stopped: dict[str, str] = {}
+        self.target: dict[str, float] = {}
+        self.replayed = False  # whether the last step was read from the journal
+        self.clock = time.perf_counter()
+        self._model: nn.Module | None = original
+        self._checkpoint: Mapping[str, Any] | None = None
+        self._scan: GroupScan | None = None
+        self._measured: tuple[dict[str, Tensor], ActivationProfile] | None = None
+
+    # ----------------------------------------------------------------------------------- the model
+
+    @property
+    def current(self) -> StepRecord:
+        """The record of the model kept so far."""
+        return next(record for record in reversed(self.history) if record.accepted)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model kept so far; after an interruption it comes from the directory, once it is needed."""
+        if self._model is None:
+            assert isinstance(self.journal, RunDirectory)
+            assert self._checkpoint is not None
+            if self.journal.leads:
+                self._model = self.journal.restore(self._checkpoint, self.original, device_of(self.original))
+            else:
+                self._model = self.plan.apply(self.original)
+            distributed.same_weights(self._model)
+        return self._model
+
+    def _accept(self, model: nn.Module | None, plan: PruningPlan | None) -> None:
+        self._model, self._scan, self._measured = model, None, None
+        if plan is not None:
+            self.plan = self.plan + plan
+
+    def begin(self, target: Mapping[str, float] | None, start: float) -> None:
+        """The record of the original, and the target in absolute numbers."""
+        original, options = self.original, self.options
+
+        def base() -> StepRecord:
+            params, macs = count_params(original), count_macs(original, options.example_inputs)
+            metric = _evaluate(options.evaluate, original)
+            latency = None
+            if target is not None and "latency" in target and distributed.world()[0] == 0:
+                latency = measure_latency(original, options.example_inputs, warmup=3, runs=20).median
+            seconds = time.perf_counter() - start
+            return StepRecord("base", "original", True, params, macs, metric, 0.0, seconds, latency=latency)
+
+        self._record(base, None, None)
+        record = self.history[0]
+        if record.metric > 0 and options.budget >= record.metric:
+            raise InvalidInputError(
+                f"the budget {options.budget:g} allows the metric to fall from {record.metric:g} to nothing; it "
+                "is counted in the metric's own units, so give 0.05 for five points of an accuracy between 0 "
+                "and 1"
+            )
+        for name, value in (target or {}).items():
+            absolute = value * getattr(record, name) if value <= 1 else value
+            self.target[name] = absolute if name == "latency" else int(absolute)
+        cost = Cost(record.params, record.macs)
+        self.plan = PruningPlan(type(original).__name__, before=cost, after=cost)
+
+    def _profile(self, model: nn.Module, **what: Any) -> ActivationProfile:
+        """A profile of all the data, the same on every process."""
+        own = distributed.shard(self.options.data)
+        stats = profile(model, own, backend=self.options.backend, progress=False, **what)
+        return stats.all_reduce() if distributed.world()[1] > 1 else stats
+
+    # ----------------------------------------------------------------------------------- the course
+
+    def stages(self, names: tuple[str, ...], on_stage: Callable[[str, nn.Module], None] | None) -> None:
+        """Every stage in its turn."""
         turns = [(name, 1.0) for name in names]
-        if len(names) > 1 and find_blocks(self.model, self.example_inputs):
-            turns[0] = (names[0], first_share)
+        if len(names) > 1 and self.journal.decide("blocks", self._has_blocks):
+            turns[0] = (names[0], self.options.first_share)
             if self.target:
                 # A second turn for the first stage, in case the other one cannot go the rest of the way.
                 turns.append((names[0], 1.0))
@@ -339,7 +530,8 @@ class _Run:
             before = self.current
             self.stopped[name] = self._filters(share) if name == "filters" else self._layers(share)
             is_repeat = turn >= len(names)
-            if on_stage is not None and not (is_repeat and self.current is before):
+            idle = is_repeat and self.current is before
+            if on_stage is not None and not idle and not self.journal.replaying:
                 on_stage(name, self.model)
 
     def finish(self, finetune: Finetune | None) -> None:
@@ -348,7 +540,7 @@ class _Run:
             return
         # Among many steps one is lucky: to beat the original as well is not asked of the last.
         floor = min(self.current.metric, self.history[0].metric)
-        self._try("final", "fine-tune", copy.deepcopy(self.model), None, finetune, floor)
+        self._try("final", "fine-tune", lambda: copy.deepcopy(self.model), None, finetune, floor)
 
     def reached(self, share: float) -> bool:
         return bool(self.target) and all(
@@ -357,61 +549,106 @@ class _Run:
 
     def _goal(self, name: str, share: float) -> float:
         full = getattr(self.history[0], name)
-        return full - share * (full - self.target[name])
+        return float(full - share * (full - self.target[name]))
 
     def _floor(self, share: float) -> float:
-        return self.history[0].metric - share * self.budget
+        return self.history[0].metric - share * self.options.budget
+
+    # ----------------------------------------------------------------------------- stage 1: filters
 
     def _filters(self, share: float) -> str:
+        options = self.options
         scale, failures, t = 1.0, 0, 0
-        scores = self._scores()
         rejected: list[tuple[Any, ...]] = []
-        while t < self.steps:
+        while t < options.steps:
             if self.reached(share):
                 return _TARGET_REACHED if share == 1 else _SHARE_DONE
-            ratio = min(self.initial_ratio * (1 + t / self.steps) ** self.alpha * scale, 0.95)
-            plan, action = self._plan_filters(scores, ratio, share)
-            if plan is None:
-                return "no filter is left that may go"
-            kept = False
+            ratio = min(options.initial_ratio * (1 + t / options.steps) ** options.alpha * scale, 0.95)
+            decision = self.journal.decide("plan", partial(self._decide_filters, ratio, share))
+            if decision["plan"] is None:
+                return str(decision["action"])
+            plan = PruningPlan.from_dict(decision["plan"])
             # Coarse widths can make a smaller ratio the same plan; it need not be trained twice.
-            if plan.steps not in rejected:
-                pruned = plan.apply(self.model, self.example_inputs)
-                kept = self._try("filters", action, pruned, plan, self.finetune, self._floor(share))
-            if kept:
+            if plan.steps not in rejected and self._try(
+                "filters",
+                decision["action"],
+                partial(self._without_filters, plan),
+                plan,
+                options.finetune,
+                self._floor(share),
+            ):
                 failures, t = 0, t + 1
                 rejected.clear()
-                if t < self.steps and not self.reached(share):
-                    scores = self._scores()
                 continue
             rejected.append(plan.steps)
             failures += 1
             scale /= 2
-            if failures > self.halvings:
+            if failures > options.halvings:
                 return f"{failures} steps in a row went beyond the budget"
-        return f"all {self.steps} steps were taken"
+        return f"all {options.steps} steps were taken"
 
-    def _scores(self) -> dict[str, Tensor]:
-        stats = profile(self.model, self.batches, blocks=(), backend=self.backend, progress=False)
-        return self.criterion(self.model, stats)
+    def _groups(self) -> GroupScan:
+        """The coupled channels of the model kept so far, found once."""
+        if self._scan is None:
+            scan = find_groups(self.model, self.options.example_inputs, ignore=self._ignored())
+            if not self.options.heads:
+                units = [group for group in scan.groups if is_head_group(group)]
+                scan = GroupScan(
+                    [group for group in scan.groups if not is_head_group(group)],
+                    [
+                        *scan.skipped,
+                        *(Skipped(g.root, g.size, "attention heads: heads=False") for g in units),
+                    ],
+                )
+            self._scan = scan
+        return self._scan
 
-    def _plan_filters(
-        self, scores: dict[str, Tensor], ratio: float, share: float
-    ) -> tuple[PruningPlan | None, str]:
+    def _scores(self) -> tuple[dict[str, Tensor], ActivationProfile]:
+        """Scores of the model kept so far, and the profile that they come from."""
+        if self._measured is None:
+            readers = {
+                member.layer: None
+                for group in self._groups().groups
+                for member in group.members
+                if member.kind in ("conv_in", "linear_in")
+            }
+            stats = self._profile(
+                self.model,
+                blocks=(),
+                inputs=tuple(readers) if self.options.compensate else (),
+                heads=find_heads(self.model, self._groups()),
+            )
+            self._measured = self.options.criterion(self.model, stats), stats
+        return self._measured
+
+    def _decide_filters(self, ratio: float, share: float) -> dict[str, Any]:
+        plan, action = self._plan_filters(ratio, share)
+        return {"plan": None if plan is None else plan.to_dict(), "action": action}
+
+    def _plan_filters(self, ratio: float, share: float) -> tuple[PruningPlan | None, str]:
         """The plan that removes ``ratio`` of the filters, or just enough for the target; None if none can go.
 
         A ratio that the widths do not allow is halved if it is too much, and doubled if it comes to nothing.
         """
-        names = self._ignored()
+        options, scan = self.options, self._groups()
+        if not scan.groups:
+            return None, _nothing_to_prune(scan)
+        scores, _ = self._scores()
 
         def plan_for(**goal: Any) -> PruningPlan | None:
             try:
-                plan = prune_filters(
-                    self.model, scores, self.example_inputs, round_to=self.round_to, ignore=names, **goal
+                return prune_filters(
+                    self.model,
+                    scores,
+                    options.example_inputs,
+                    scope=options.scope,
+                    round_to=options.round_to,
+                    min_width=options.min_width,
+                    groups=scan,
+                    **goal,
                 )
             except TargetUnreachableError:
                 return None
-            return plan
 
         plan = plan_for(ratio=ratio)
         while plan is None and ratio > 1e-3:
@@ -421,9 +658,9 @@ class _Run:
             ratio *= 2
             plan = plan_for(ratio=ratio)
         if plan is None or not plan.steps:
-            return None, ""
-        goals = {name: int(self._goal(name, share)) for name in self.target}
-        if goals and _meets(plan, goals):
+            return None, "no filter is left that may go"
+        goals = {name: int(self._goal(name, share)) for name in self.target if name != "latency"}
+        if goals and len(goals) == len(self.target) and _meets(plan, goals):
             exact = [
                 plan_for(**{name: goal}) for name, goal in goals.items() if goal < getattr(self.current, name)
             ]
@@ -435,77 +672,290 @@ class _Run:
                 return min(enough, key=lambda p: p.removed_units), f"down to {aims}"
         return plan, f"ratio {ratio:.3f}"
 
+    def _without_filters(self, plan: PruningPlan) -> nn.Module:
+        """The model after surgery, with the means of what went in its biases and fresh batch norms."""
+        options, source = self.options, self.model
+        if options.compensate:
+            _, stats = self._scores()
+            source = calibration.compensate(source, plan, stats.inputs, options.example_inputs)
+        return self._recalibrated(plan.apply(source, options.example_inputs))
+
+    def _recalibrated(self, pruned: nn.Module) -> nn.Module:
+        if self.options.recalibrate:
+            calibration.recalibrate(pruned, self.options.data)
+        return pruned
+
     def _ignored(self) -> list[str]:
         """The protected layers by name: patterns of the user may name layers of blocks that are gone."""
         present = {name for name, _ in self.model.named_modules()} | {
             n for n, _ in self.model.named_parameters()
         }
-        return sorted(self.ignored & present)
+        return sorted(self.options.ignored & present)
+
+    # ------------------------------------------------------------------------------ stage 2: layers
 
     def _layers(self, share: float) -> str:
+        options = self.options
         essential: set[str] = set()
         removed = 0
         while True:
             if self.reached(share):
                 return _TARGET_REACHED if share == 1 else _SHARE_DONE
-            if self.max_blocks is not None and removed >= self.max_blocks:
+            if options.max_blocks is not None and removed >= options.max_blocks:
                 return f"{removed} blocks were removed, the most allowed"
-            stats = profile(self.model, self.batches, layers=(), backend=self.backend, progress=False)
-            divergences = layer_divergence(self.model, stats)
-            protected = essential | self.ignored
-            candidates = sorted((d, name) for name, d in divergences.items() if name not in protected)
+            ranking = self.journal.decide("ranking", self._rank_blocks)
+            candidates = [(name, d) for name, d in ranking if name not in essential]
             if not candidates:
                 return "every block left is essential" if essential else "no removable block is left"
-            for divergence, name in candidates:
-                plan = truncate_layers(self.model, {name: divergence}, self.example_inputs, count=1)
-                pruned = plan.apply(self.model, self.example_inputs)
-                action = f"remove {name} (divergence {divergence:.3g})"
-                if self._try("layers", action, pruned, plan, self.finetune, self._floor(share)):
-                    removed += 1
-                    break
+            for name, divergence in candidates:
+                decision = self.journal.decide("plan", partial(self._decide_block, name, divergence))
+                if decision["plan"] is not None:
+                    plan = PruningPlan.from_dict(decision["plan"])
+                    if self._try(
+                        "layers",
+                        decision["action"],
+                        partial(self._without_block, plan),
+                        plan,
+                        options.finetune,
+                        self._floor(share),
+                    ):
+                        removed += 1
+                        break
                 essential.add(name)
+
+    def _has_blocks(self) -> bool:
+        return bool(find_blocks(self.model, self.options.example_inputs, projections=self.options.project))
+
+    def _rank_blocks(self) -> list[tuple[str, float]]:
+        """Blocks that keep the shape by their divergence, then those that change it by their filters'."""
+        options = self.options
+        blocks = find_blocks(self.model, options.example_inputs, projections=options.project)
+        same = [block.name for block in blocks if block.projection is None]
+        changing = [block for block in blocks if block.projection is not None]
+        stats = self._profile(self.model, layers=None if changing else (), blocks=same, heads=())
+        divergences = layer_divergence(self.model, stats)
+        order = {block.name: i for i, block in enumerate(blocks)}
+        ranked = sorted(divergences.items(), key=lambda item: (item[1], order[item[0]]))
+        if changing:
+            means = block_filter_divergence(self.model, flow_divergence(self.model, stats), changing)
+            ranked += sorted(means.items(), key=lambda item: (item[1], order[item[0]]))
+        return [(name, float(d)) for name, d in ranked if name not in options.ignored]
+
+    def _decide_block(self, name: str, divergence: float) -> dict[str, Any]:
+        action = f"remove {name} (divergence {divergence:.3g})"
+        try:
+            plan = truncate_layers(
+                self.model,
+                {name: divergence},
+                self.options.example_inputs,
+                count=1,
+                projections=self.options.project,
+            )
+        except TargetUnreachableError:  # the model does not run without it
+            return {"plan": None, "action": action}
+        return {"plan": plan.to_dict(), "action": action}
+
+    def _without_block(self, plan: PruningPlan) -> nn.Module:
+        pruned = plan.apply(self.model)
+        fit = ProjectionFit(plan)
+        if fit.blocks:
+            for batch in distributed.shard(self.options.data):
+                fit.update(self.model, batch)
+            if distributed.world()[1] > 1:
+                fit = fit.all_reduce()
+            fit.write(pruned)
+        return self._recalibrated(pruned)
+
+    # -------------------------------------------------------------------------------------- one step
 
     def _try(
         self,
         stage: str,
         action: str,
-        candidate: nn.Module,
+        make: Callable[[], nn.Module],
         plan: PruningPlan | None,
         finetune: Finetune | None,
         floor: float,
     ) -> bool:
-        """Fine-tune and evaluate a candidate; keep it if its metric is at least ``floor``."""
-        note = ""
-        if finetune is not None:
-            # A seed a step: what one step draws does not depend on what the steps before it have drawn.
-            torch.manual_seed(self.seed + len(self.history))
-            try:
-                candidate = _trained(finetune, candidate)
-            except TrainingError as error:
-                note = str(error)
-        candidate.eval()
-        metric = math.nan if note else _evaluate(self.evaluate, candidate)
-        # One part in 10^12 keeps a fall of exactly the budget inside it, however the subtraction rounds.
-        accepted = metric >= floor - 1e-12 * max(1.0, abs(floor))
-        record = StepRecord(
-            stage=stage,
-            action=action,
-            accepted=accepted,
-            params=count_params(candidate),
-            macs=count_macs(candidate, self.example_inputs),
-            metric=metric,
-            drift=math.nan if note else drift(self.original, candidate, self.batches),
-            seconds=time.perf_counter() - self.clock,
-            note=note,
-        )
-        self.clock = time.perf_counter()
+        """Make a candidate, fine-tune and evaluate it; keep it if its metric is at least ``floor``."""
+        candidate: nn.Module | None = None
+
+        def step() -> StepRecord:
+            nonlocal candidate
+            candidate, note = make(), ""
+            if finetune is not None:
+                # A seed a step: what one step draws does not depend on what the steps before it have drawn.
+                _seed(self.options.seed + len(self.history))
+                try:
+                    candidate = _trained(finetune, candidate)
+                except TrainingError as error:
+                    note = str(error)
+                distributed.same_weights(candidate)
+            candidate.eval()
+            metric = math.nan if note else _evaluate(self.options.evaluate, candidate)
+            return StepRecord(
+                stage=stage,
+                action=action,
+                # One part in 10^12 keeps a fall of exactly the budget inside it, however the subtraction rounds.
+                accepted=metric >= floor - 1e-12 * max(1.0, abs(floor)),
+                params=count_params(candidate),
+                macs=count_macs(candidate, self.options.example_inputs),
+                metric=metric,
+                drift=math.nan if note else self._drift(candidate),
+                seconds=time.perf_counter() - self.clock,
+                note=note,
+                latency=self._latency(candidate),
+            )
+
+        return self._record(step, plan, lambda: candidate).accepted
+
+    def _record(
+        self,
+        compute: Callable[[], StepRecord],
+        plan: PruningPlan | None,
+        candidate: Callable[[], nn.Module | None] | None,
+    ) -> StepRecord:
+        """The outcome of a step, from the journal or computed now; an accepted model is kept."""
+        self.replayed = self.journal.replaying
+        if self.replayed:
+            event = self.journal.read("step")
+            record = StepRecord.from_dict(event["record"])
+            self.history.append(record)
+            if record.accepted and candidate is not None:
+                self._checkpoint = event["checkpoint"]
+                self._accept(None, plan)
+            return record
+        record = distributed.from_first(compute())
+        checkpoint = None
+        if record.accepted and candidate is not None:
+            model = candidate()
+            assert model is not None
+            self._accept(model, plan)
+            checkpoint = self.journal.keep(model, self.plan)
+        self.journal.write({"event": "step", "record": record.to_dict(), "checkpoint": checkpoint})
+        if checkpoint is not None:
+            self.journal.drop_old()
         self.history.append(record)
-        self.report(record)
-        if accepted:
-            self.model, self.current = candidate, record
-            if plan is not None:
-                self.plan = self.plan + plan
-        return accepted
+        self.clock = time.perf_counter()
+        self.report_step(record)
+        return record
+
+    def _drift(self, candidate: nn.Module) -> float:
+        batches = distributed.shard(self.options.validation)
+        sums = _differences(self.original, candidate, batches)
+        return _ratio(*distributed.total(sums, device_of(candidate)))
+
+    def _latency(self, candidate: nn.Module) -> float | None:
+        base = self.history[0].latency if self.history else None
+        if base is None or distributed.world()[0]:
+            return None
+        # Against the original in the same rounds, so that a slow moment of the machine is not the model's.
+        models = {"original": self.original, "pruned": candidate}
+        comparison = compare_latency(models, self.options.example_inputs, warmup=3, runs=20)
+        return base / comparison.speedup("pruned", over="original")
+
+    # ---------------------------------------------------------------------------------------- the end
+
+    def result(self) -> CompressionResult:
+        current = self.current
+        model = self.model
+        return CompressionResult(
+            model=model if model is not self.original else copy.deepcopy(model),
+            plan=self.plan,
+            history=tuple(self.history),
+            params=current.params,
+            macs=current.macs,
+            metric=current.metric,
+            drift=current.drift,
+            budget=self.options.budget,
+            target=self.target,
+            reached_target=self.reached(1.0),
+            stopped=self.stopped,
+            latency=current.latency,
+        )
+
+    def report(self, result: CompressionResult, seconds: float) -> dict[str, Any]:
+        """What ``result.json`` holds: the result, and what a report shows of both models."""
+        from .artifact import versions
+        from .report import layer_widths, mean_divergence
+
+        models = {"before": self.original, "after": result.model}
+        widths: dict[str, dict[str, int]] = {}
+        layers: dict[str, dict[str, float | None]] = {}
+        blocks: dict[str, dict[str, float]] = {}
+        for when, model in models.items():
+            found = [block.name for block in find_blocks(model, self.options.example_inputs)]
+            stats = self._profile(model, blocks=found, heads=())
+            widths[when] = layer_widths(model)
+            means = mean_divergence(flow_divergence(model, stats))
+            layers[when] = {name: _json_number(mean) for name, mean in means.items()}
+            blocks[when] = layer_divergence(model, stats)
+        latency = None
+        if distributed.world()[0] == 0:
+            comparison = compare_latency(models, self.options.example_inputs, warmup=3, runs=30)
+            latency = {when: stats.to_dict() for when, stats in comparison.stats.items()}
+            latency["speedup"] = comparison.speedup("after", over="before")  # type: ignore[assignment]
+        described = {}
+        if isinstance(self.journal, RunDirectory):
+            described = self.journal.settings
+        return {
+            **result.to_dict(),
+            "widths": widths,
+            "divergence": {"filters": layers, "blocks": blocks},
+            "latency": latency,
+            "settings": described,
+            "versions": versions(),
+            "seconds": seconds,
+        }
+
+
+def _also_to_tensorboard(
+    report: Callable[[StepRecord], None], journal: RunDirectory, stack: ExitStack
+) -> Callable[[StepRecord], None]:
+    """``report``, and a log in the directory of the run where tensorboard is installed."""
+    if not journal.leads or find_spec("tensorboard") is None:
+        return report
+    from .report import TensorBoardLog
+
+    done = sum(event["event"] == "step" for event in journal.events)
+    try:
+        log = stack.enter_context(TensorBoardLog(journal.path / "tensorboard", first_step=done))
+    except InvalidInputError:  # it is there and does not work, which is no reason to stop
+        return report
+
+    def both(record: StepRecord) -> None:
+        log(record)
+        report(record)
+
+    return both
+
+
+def _nothing_to_prune(scan: GroupScan) -> str:
+    if not scan.skipped:
+        return "the model has no convolution or linear layer whose channels could go"
+    reasons: dict[str, int] = {}
+    for skipped in scan.skipped:
+        reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
+    most = max(reasons, key=lambda reason: reasons[reason])
+    return f"no filter may go: all {len(scan.skipped)} groups are left alone, most of them because: {most}"
+
+
+@contextmanager
+def _random_states(device: torch.device | None) -> Iterator[None]:
+    """The caller's random states of torch, numpy and random are as before afterwards."""
+    legacy, plain = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            np.random.set_state(legacy)
+            random.setstate(plain)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _meets(plan: PruningPlan, goals: Mapping[str, int]) -> bool:
@@ -573,13 +1023,11 @@ def _check_settings(
         raise InvalidInputError(f"stages must hold some of {STAGES}, each once, got {stages!r}")
 
 
-def _absolute(target: Mapping[str, float] | None, params: int, macs: int) -> dict[str, int]:
+def _check_target(target: Mapping[str, float] | None) -> None:
     if target is None:
-        return {}
-    full = {"params": params, "macs": macs}
+        return
     if not isinstance(target, Mapping) or not target or set(target) - set(TARGETS):
         raise InvalidInputError(f"target must be a dict with keys among {TARGETS}, got {target!r}")
-    absolute = {}
     for name, value in target.items():
         if (
             isinstance(value, bool)
@@ -588,23 +1036,21 @@ def _absolute(target: Mapping[str, float] | None, params: int, macs: int) -> dic
             or value <= 0
         ):
             raise InvalidInputError(f"the target for {name} must be a number above 0, got {value!r}")
-        absolute[name] = int(value * full[name]) if value <= 1 else int(value)
-    return absolute
 
 
 def _first_batch(batches: Iterable[Any]) -> Any:
     if isinstance(batches, Iterator):
         raise InvalidInputError(
-            f"batches is a {type(batches).__name__}, which can be read only once, and compressing reads it "
+            f"data is a {type(batches).__name__}, which can be read only once, and compressing reads it "
             "many times: pass a list or a DataLoader, for example list(batches)"
         )
     if isinstance(batches, (Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise InvalidInputError(
-            f"batches must be an iterable of batches, got {type(batches).__name__}; put one batch in a list"
+            f"data must be an iterable of batches, got {type(batches).__name__}; put one batch in a list"
         )
     for batch in batches:
         return batch
-    raise EmptyDataError("batches holds no batch; at least one is needed to profile the model")
+    raise EmptyDataError("data holds no batch; at least one is needed to profile the model")
 
 
 def _first_sample(batch: Any) -> Any:

@@ -6,6 +6,7 @@ __all__ = [
     "ArtifactError",
     "BackendUnavailable",
     "EmptyDataError",
+    "ExportError",
     "ForwardError",
     "GraphError",
     "GraphTimeoutError",
@@ -57,3 +58,7 @@ class TrainingError(IdapError, RuntimeError):
 
 class ArtifactError(IdapError, OSError):
     """A saved model is missing, incomplete, damaged or of another format."""
+
+
+class ExportError(IdapError, RuntimeError):
+    """A model cannot be exported, or the exported file gives something else than the model."""

@@ -117,7 +117,7 @@ def _run(settings: Settings, console: Console, start: float) -> Outcome:
             finetune=(lambda model: train(model, settings.epochs)) if settings.epochs else None,
             final_finetune=(lambda model: train(model, settings.final_epochs))
             if settings.final_epochs
-            else None,
+            else False,
             target={"macs": settings.target_macs},
             budget=settings.budget,
             steps=settings.steps,

@@ -3,14 +3,17 @@
 import copy
 import json
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from idap.calibration import recalibrate
 from idap.complexity import count_macs, count_params
 from idap.compress import StepRecord, compress, drift
 from idap.errors import EmptyDataError, InvalidInputError, TrainingError
+from idap.latency import LatencyComparison, LatencyStats
 from idap.plan import PruningPlan
 from idap.training import finetune
 
@@ -67,7 +70,7 @@ def without_time(history: tuple[StepRecord, ...]) -> list[tuple]:
 
 def test_target_is_met_by_both_stages_and_the_plan_replays_on_a_fresh_original():
     net = make_net()
-    result = run(net, target={"macs": 0.3})
+    result = run(net, target={"macs": 0.3}, compensate=False, recalibrate=False)
     full = count_macs(net, ONE)
     assert result.reached_target
     assert result.target == {"macs": int(0.3 * full)}
@@ -181,7 +184,7 @@ def test_blocks_go_by_divergence_lowest_first():
 
 def test_a_block_that_does_nothing_goes_without_any_change():
     net = make_net((1.0, 0.0, 0.5))
-    result = run(net, stages=("layers",), max_blocks=1)
+    result = run(net, stages=("layers",), max_blocks=1, recalibrate=False)
     with torch.no_grad():
         assert torch.equal(result.model(BATCHES[0]), net.eval()(BATCHES[0]))
     assert result.drift == 0
@@ -259,6 +262,98 @@ def test_a_target_in_absolute_parameters():
     assert result.params <= full // 2
 
 
+def test_a_latency_target_is_measured_against_the_original_in_the_same_rounds(monkeypatch):
+    """The stopwatch is replaced: a model takes a microsecond a parameter, and the machine slows down by 3."""
+    module = sys.modules["idap.compress"]
+    slow = iter([1.0, 3.0, 1.0, 3.0, 1.0] * 20)
+
+    def stats(model, factor=1.0):
+        ms = count_params(model) * 1e-3 * factor
+        return LatencyStats(ms, ms, ms, 1, "cpu", "float32", 1, "x")
+
+    def compare(models, inputs, **settings):
+        factor = next(slow)
+        found = {name: stats(model, factor) for name, model in models.items()}
+        return LatencyComparison(found, {name: (s.median,) for name, s in found.items()})
+
+    monkeypatch.setattr(module, "measure_latency", lambda model, inputs, **settings: stats(model))
+    monkeypatch.setattr(module, "compare_latency", compare)
+    result = run(target={"latency": 0.5})
+    full = count_params(make_net()) * 1e-3
+    assert result.reached_target
+    assert result.target == {"latency": 0.5 * full}
+    assert result.latency == pytest.approx(count_params(result.model) * 1e-3)
+    assert result.latency <= 0.5 * full
+    assert [s.latency for s in result.history] == pytest.approx([s.params * 1e-3 for s in result.history])
+    assert run(target={"latency": 0.8 * full, "macs": 0.9}).reached_target
+
+
+def test_without_a_latency_target_nothing_is_timed(monkeypatch):
+    module = sys.modules["idap.compress"]
+
+    monkeypatch.setattr(module, "measure_latency", lambda *a, **k: pytest.fail("timed"))
+    monkeypatch.setattr(module, "compare_latency", lambda *a, **k: pytest.fail("timed"))
+    assert {s.latency for s in run(target={"macs": 0.7}).history} == {None}
+
+
+def test_drift_is_that_of_the_validation_data():
+    data = [torch.randn(4, 3, 6, 6)]
+    net = make_net()
+    result = run(net, target={"macs": 0.5}, validation=data)
+    assert result.drift == pytest.approx(drift(net, result.model, data))
+    assert result.drift != pytest.approx(drift(net, result.model, BATCHES))
+
+
+def test_batch_norms_are_estimated_anew_after_every_surgery():
+    seen = []
+
+    def look(model: nn.Module) -> None:
+        fresh = copy.deepcopy(model)
+        recalibrate(fresh, BATCHES)
+        seen.append(all(torch.equal(a, b) for a, b in zip(model.buffers(), fresh.buffers(), strict=True)))
+
+    run(target={"macs": 0.4}, finetune=look)
+    assert len(seen) > 2
+    assert all(seen)
+    seen.clear()
+    run(target={"macs": 0.4}, finetune=look, recalibrate=False)
+    assert not any(seen)
+
+
+def test_compensation_can_be_told_from_its_absence():
+    """The last linear layer has a bias and no norm behind it, so that both models differ there."""
+    on, off = (
+        run(
+            target={"macs": 0.6},
+            stages=("filters",),
+            steps=1,
+            initial_ratio=0.4,
+            compensate=c,
+            recalibrate=False,
+        )
+        for c in (True, False)
+    )
+    assert on.plan.steps == off.plan.steps
+    assert not torch.equal(on.model.head.bias, off.model.head.bias)
+    assert torch.equal(off.model.head.bias, make_net().head.bias)
+    assert on.drift < off.drift
+
+
+def test_a_model_without_anything_to_prune_says_why():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(x.mean((1, 2)))
+
+    result = run(Alone(), target={"params": 0.5})
+    assert not result.reached_target
+    assert "output of the model" in result.stopped["filters"]
+    assert result.plan.steps == ()
+
+
 def test_a_target_out_of_reach_says_how_far_it_got():
     result = run(target={"macs": 1e-6}, steps=2, max_blocks=1)
     assert not result.reached_target
@@ -302,6 +397,15 @@ def test_a_final_training_need_not_beat_a_lucky_step_only_the_original():
     assert [s.metric for s in result.history[-2:]] == [0.95, 0.9]
     assert result.history[-1].accepted
     assert result.metric == 0.9
+
+
+def test_no_final_training_if_it_is_turned_off():
+    calls = []
+    result = run(target={"macs": 0.6}, finetune=calls.append, final_finetune=False)
+    assert len(calls) == len(result.history) - 1
+    assert {s.stage for s in result.history} == {"base", "filters", "layers"}
+    with pytest.raises(InvalidInputError, match="final_finetune"):
+        run(final_finetune=True)
 
 
 def test_what_the_built_in_training_returns_will_do():
