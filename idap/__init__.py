@@ -8,10 +8,12 @@ under one budget; ``save`` and ``load`` keep the result.
 from idap_kernels.version import __version__
 
 from .artifact import load, save
+from .calibration import compensate, recalibrate
 from .complexity import count_macs, count_params
 from .compress import CompressionResult, compress, drift
 from .criteria import flow_divergence, layer_divergence
 from .errors import IdapError
+from .export import export_onnx, export_program
 from .filters import prune_filters
 from .latency import compare_latency, measure_latency
 from .layers import find_blocks, truncate_layers
@@ -26,10 +28,13 @@ __all__ = [
     "PruningPlan",
     "__version__",
     "compare_latency",
+    "compensate",
     "compress",
     "count_macs",
     "count_params",
     "drift",
+    "export_onnx",
+    "export_program",
     "find_blocks",
     "finetune",
     "flow_divergence",
@@ -38,6 +43,7 @@ __all__ = [
     "measure_latency",
     "profile",
     "prune_filters",
+    "recalibrate",
     "save",
     "truncate_layers",
 ]
