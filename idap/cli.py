@@ -1,4 +1,4 @@
-"""The command line: ``idap quickstart``, ``idap doctor``, ``idap --version``."""
+"""The command line: ``idap quickstart``, ``prune``, ``profile``, ``latency``, ``report`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .commands import inspect_model, prune
 from .errors import IdapError
 from .quickstart.settings import Settings
 
@@ -16,14 +17,15 @@ EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for an error of ours or wrong usage, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(arguments, argparse.Namespace(argv=arguments))
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
     except IdapError as error:
-        print(f"idap: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"idap: {_one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
 
 
@@ -71,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     flag("--quiet", action="store_true", default=unset, help="no progress, only the table and what follows")
     quickstart.set_defaults(run=_quickstart)
 
+    prune.add_parser(commands)
+    inspect_model.add_parsers(commands)
+
+    report = commands.add_parser("report", help="a page with figures and pictures of a run of idap prune")
+    report.add_argument("directory", type=Path, metavar="DIR", help="the --output of idap prune")
+    report.add_argument(
+        "--output", type=Path, metavar="PATH", help="a directory, or the page, .html (default: DIR/report)"
+    )
+    report.set_defaults(run=_report)
+
     doctor = commands.add_parser("doctor", help="what is installed, what works, and why something does not")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=_doctor)
@@ -80,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _quickstart(args: argparse.Namespace) -> int:
     from .quickstart.run import run
 
-    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "argv")}
     run(Settings(**settings))
     return 0
 
@@ -91,6 +103,21 @@ def _doctor(args: argparse.Namespace) -> int:
     report = doctor.report()
     print(json.dumps(report, indent=1, default=str) if args.json else doctor.format_report(report))
     return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import write_report
+
+    print(write_report(args.directory, args.output))
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    # What a worker process of a DataLoader raised comes with the worker's traceback before it.
+    if lines and lines[0].startswith("Caught ") and "worker process" in lines[0]:
+        lines = [lines[-1].partition(": ")[2] or lines[-1]]
+    return " ".join(" ".join(lines).split())
 
 
 def _version() -> str:

@@ -439,3 +439,43 @@ def test_a_plan_that_removes_nothing_says_so() -> None:
     plan = prune_filters(Chain(), scores_of(Chain()), X, ratio=0.01)
     assert plan.steps == ()
     assert "nothing is removed" in plan.summary()
+
+
+@pytest.mark.parametrize("min_width", [5, 10, 100])
+def test_every_layer_keeps_a_least_width(min_width: int) -> None:
+    model = Residual()
+    options = {"round_to": 1, "max_ratio": 1.0, "min_width": min_width}
+    if min_width == 100:  # wider than any layer: nothing may go
+        plan = prune_filters(model, scores_of(model), X, ratio=0.0, **options)
+        assert {s.reason for s in plan.skipped if "min_width=100" in s.reason}
+        with pytest.raises(TargetUnreachableError):
+            prune_filters(model, scores_of(model), X, macs=0.99, **options)
+        return
+    total = {"stem": 16, "a": 12, "c": 20, "project": 24}
+    most = sum(size - min_width for size in total.values())
+    plan = prune_filters(model, scores_of(model), X, ratio=most / sum(total.values()), **options)
+    assert {layer: width for layer, width in widths(plan).items() if layer in total} == dict.fromkeys(
+        total, min_width
+    )
+
+
+def test_a_least_width_counts_the_channels_of_the_narrowest_layer() -> None:
+    # A unit is two channels of the first layer and one of its reader.
+    model, x = Gated(), torch.randn(2, 5, 10)
+    plan = prune_filters(model, scores_of(model), x, ratio=15 / 24, round_to=1, min_width=9)
+    assert widths(plan)["proj"] == 18
+    with pytest.raises(TargetUnreachableError):
+        prune_filters(model, scores_of(model), x, ratio=16 / 24, round_to=1, min_width=9)
+
+
+def test_a_least_width_after_a_channel_shuffle() -> None:
+    halves = Member("half", "conv_in", 4, ((0,), (), (1,), (), (2,), (), (3,), ()))
+    group = Group("conv", 8, (Member("conv", "conv_out", 8, tuple((i,) for i in range(8))), halves))
+    order = removal_order(group, np.arange(8.0), 1.0, 3)
+    assert order.tolist() == [0, 1, 3, 5, 7]
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2"])
+def test_a_bad_least_width(bad: object) -> None:
+    with pytest.raises(InvalidInputError, match="min_width"):
+        prune_filters(Chain(), scores_of(Chain()), X, ratio=0.2, min_width=bad)  # type: ignore[arg-type]

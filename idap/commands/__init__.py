@@ -1,0 +1,1 @@
+"""The commands of the command line that work on models and data of the user's; parsed in :mod:`idap.cli`."""

@@ -1,0 +1,474 @@
+"""From a name to a model: ``resnet50``, ``timm/convnext_tiny``, ``package.module:factory``.
+
+torchvision and timm are imported by the functions that need them; neither is a dependency of the package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError
+
+LIBRARIES = ("torchvision", "timm")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints keep the weights
+# Heads that only training reads. Pruning looks at what runs in eval mode, so they would be left with old widths.
+_AUXILIARY = {"inception_v3": ("AuxLogits.",), "googlenet": ("aux1.", "aux2.")}
+
+
+@dataclass(frozen=True)
+class ModelFactory:
+    """Builds one architecture, with new weights and the same structure at every call; needs no network.
+
+    It pickles, and is what :func:`idap.load` wants as ``model_factory``. :func:`resolve` makes one from a
+    name and says what is wrong with it.
+
+    Attributes:
+        name: ``"torchvision/NAME"``, ``"timm/NAME"`` or ``"package.module:factory"``.
+        num_classes: outputs of the classifier; the library's default if not given.
+        image_size: height and width in pixels, for the models that are made for one size (vision
+            transformers); the others ignore it.
+        pretrained: whether the model is one for the library's own weights, which makes a difference for some
+            of torchvision: ``inception_v3`` and ``googlenet`` then change the normalisation of their inputs,
+            and a vision transformer is built for the images that those weights were trained on.
+    """
+
+    name: str
+    num_classes: int | None = None
+    image_size: int | None = None
+    pretrained: bool = False
+
+    def __call__(self) -> nn.Module:
+        """The model, on the CPU, in the mode its builder leaves it in.
+
+        Raises:
+            InvalidInputError: the name is unknown, its library is missing, or it cannot be built so.
+        """
+        library, name = self._parts()
+        if library == "torchvision":
+            return self._torchvision(name)
+        if library == "timm":
+            return self._timm(name)
+        factory = import_object(self.name, "model")
+        options = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        if isinstance(factory, nn.Module):
+            raise InvalidInputError(
+                f"{self.name} is a model, not a function that makes one: it must give a fresh model at every "
+                f"call, such as def build(): return {type(factory).__name__}(...)"
+            )
+        _check_call(self.name, factory, options)
+        model = factory(**options)
+        if not isinstance(model, nn.Module):
+            raise InvalidInputError(
+                f"{self.name}() returned a {type(model).__name__}, wanted a torch.nn.Module"
+            )
+        return model
+
+    @property
+    def is_library(self) -> bool:
+        """Whether torchvision or timm builds it, which have pretrained weights and take a number of classes."""
+        return self._parts()[0] in LIBRARIES
+
+    def code(self) -> str:
+        """The Python expression that makes this factory."""
+        given = [repr(self.name)]
+        given += [f"{key}={value!r}" for key, value in vars(self).items() if key != "name" and value]
+        return f"ModelFactory({', '.join(given)})"
+
+    def input_config(self) -> dict[str, Any]:
+        """What the library's weights were trained on; empty where it says nothing.
+
+        Keys: ``size`` and ``resize`` (pixels), ``mean`` and ``std`` (3 numbers each), ``interpolation``.
+        """
+        library, name = self._parts()
+        if library == "torchvision":
+            weights = _torchvision_weights(name)
+            preset: Any = weights.transforms() if weights is not None else None
+            if not hasattr(preset, "crop_size"):
+                return {}
+            return {
+                "size": preset.crop_size[0],
+                "resize": preset.resize_size[0],
+                "mean": tuple(preset.mean),
+                "std": tuple(preset.std),
+                "interpolation": preset.interpolation.value,
+            }
+        if library == "timm":
+            timm = _library("timm")
+            config = timm.data.resolve_data_config(pretrained_cfg=_timm_config(timm, name))
+            size = config["input_size"][-1]
+            return {
+                "size": size,
+                "resize": int(size / config["crop_pct"]),
+                "mean": tuple(config["mean"]),
+                "std": tuple(config["std"]),
+                "interpolation": config["interpolation"],
+            }
+        return {}
+
+    def classes(self) -> int | None:
+        """How many classes the library's pretrained weights tell apart, if it says so."""
+        library, name = self._parts()
+        if library == "torchvision":
+            weights = _torchvision_weights(name)
+            return len(weights.meta.get("categories", ())) or None if weights is not None else None
+        if library == "timm":
+            return _timm_config(_library("timm"), name).get("num_classes")
+        return None
+
+    def build(self, weights: str | os.PathLike[str] = "none") -> nn.Module:
+        """The model with weights, in eval mode.
+
+        Args:
+            weights: ``"none"`` (new ones, or those that the user's own function gives), ``"default"`` (the
+                library's pretrained ones, downloaded if they are not there; a classifier of another number of
+                classes stays new) or a file, see :func:`load_weights`.
+
+        Raises:
+            InvalidInputError: the weights cannot be had, or do not fit; the message names the first keys.
+        """
+        if weights != "default":
+            model = self()
+            if weights != "none":
+                load_weights(model, weights, ignore=_AUXILIARY.get(self._parts()[1], ()))
+            return model.eval()
+        library, name = self._parts()
+        if library == "torchvision":
+            known = _torchvision_weights(name)
+            if known is None:
+                raise InvalidInputError(f"torchvision has no weights for {name}; give a file or none")
+            try:
+                state = known.get_state_dict(progress=False, check_hash=True)
+            except Exception as error:
+                raise _no_weights(self.name, error) from error
+            model = self()
+            if self.num_classes is not None and self.num_classes != self.classes():
+                own = model.state_dict()
+                state = {
+                    key: value
+                    for key, value in state.items()
+                    if key not in own
+                    or value.shape == own[key].shape
+                    or (len(value), len(own[key])) != (self.classes(), self.num_classes)
+                }
+                classifier = tuple(key for key in own if key not in state)
+            else:
+                classifier = ()
+            _fit(model, state, f"{known}", ignore=_AUXILIARY.get(name, ()), optional=classifier)
+            return model.eval()
+        if library == "timm":
+            _library("timm")
+            try:
+                return self._timm(name, pretrained=True).eval()
+            except InvalidInputError:
+                raise
+            except Exception as error:
+                raise _no_weights(self.name, error) from error
+        raise InvalidInputError(
+            f"only torchvision's and timm's models have default weights, {self.name} has not: give a file or none"
+        )
+
+    def _parts(self) -> tuple[str, str]:
+        library, _, name = self.name.partition("/")
+        return (library, name) if name and library in LIBRARIES else ("", self.name)
+
+    def _torchvision(self, name: str) -> nn.Module:
+        models = _library("torchvision").models
+        if name not in models.list_models():
+            raise _unknown(self.name)
+        builder = models.get_model_builder(name)
+        parameters = inspect.signature(builder).parameters
+        options: dict[str, Any] = {"weights": None}
+        if "weights_backbone" in parameters:
+            options["weights_backbone"] = None
+        if self.num_classes is not None:
+            options["num_classes"] = self.num_classes
+        if name in _AUXILIARY:
+            options |= {"aux_logits": False, "init_weights": False, "transform_input": self.pretrained}
+        if name.startswith("vit_"):
+            weights = _torchvision_weights(name)
+            size = weights.meta["min_size"][0] if self.pretrained and weights is not None else 224
+            options["image_size"] = self.image_size or size
+        return _built(self.name, builder, options)
+
+    def _timm(self, name: str, pretrained: bool = False) -> nn.Module:
+        timm = _library("timm")
+        if not timm.is_model(name):
+            raise _unknown(self.name)
+        options: dict[str, Any] = {"pretrained": pretrained}
+        if self.num_classes is not None:
+            options["num_classes"] = self.num_classes
+        if self.image_size is not None:
+            try:
+                model: nn.Module = timm.create_model(name, img_size=self.image_size, **options)
+                return model
+            except TypeError as error:
+                # Most convolutional networks know no such argument, as they take any size.
+                if "img_size" not in str(error):
+                    raise
+        return _built(self.name, lambda **given: timm.create_model(name, **given), options)
+
+
+def resolve(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    pretrained: bool = False,
+) -> ModelFactory:
+    """The factory for a name of torchvision, else of timm, or for ``package.module:function``.
+
+    ``torchvision/NAME`` and ``timm/NAME`` say which library is meant. Nothing is built yet; a module of the
+    user's own is imported, with the current directory on the path.
+
+    Raises:
+        InvalidInputError: the name is unknown (the message lists those most like it), the library is missing,
+            a number is not positive.
+    """
+    for what, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise InvalidInputError(f"{what.replace('_', '-')} must be at least 1, got {value}")
+    if ":" in name:
+        import_object(name, "model")
+        return ModelFactory(name, num_classes)
+    library, _, rest = name.partition("/")
+    if library in LIBRARIES and rest:
+        _library(library)
+        if not _has(library, rest):
+            raise _unknown(name)
+    else:
+        found = next((lib for lib in LIBRARIES if _installed(lib) and _has(lib, name)), None)
+        if found is None:
+            raise _unknown(name)
+        library, rest, name = found, name, f"{found}/{name}"
+    if library == "torchvision" and not rest.startswith("vit_"):
+        image_size = None  # they take any size
+    alike = not (library == "torchvision" and (rest.startswith("vit_") or rest in _AUXILIARY))
+    return ModelFactory(name, num_classes, image_size, pretrained and not alike)
+
+
+def import_object(spec: str, what: str) -> Any:
+    """What ``package.module:name`` stands for; the current directory may hold the module.
+
+    Raises:
+        InvalidInputError: no such module or name, or the module fails to import something.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise InvalidInputError(f"{what}: got {spec!r}, wanted package.module:name")
+    here = os.getcwd()
+    if here not in sys.path:
+        # As python -m does; entry points start without the current directory.
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InvalidInputError(
+            f"{what}: {spec!r} cannot be imported ({error}); modules are looked for in the current directory "
+            "and among what is installed"
+        ) from error
+    value = module
+    for part in attribute.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            raise InvalidInputError(
+                f"{what}: {getattr(value, '__name__', module_name)} has no {part!r}"
+                + _suggest(part, [name for name in vars(value) if not name.startswith("_")])
+            ) from None
+    return value
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str], *, ignore: tuple[str, ...] = ()) -> None:
+    """Load a state dictionary from ``.safetensors``, ``.pt`` or ``.pth`` into ``model``, in place.
+
+    Files of torch are read with ``weights_only=True``, so that nothing in them runs. A dictionary inside
+    another (``state_dict``, ``model_state_dict``, ``model``) is found, and the prefix ``module.`` of parallel
+    training removed.
+
+    Args:
+        ignore: prefixes of keys that the model need not have.
+
+    Raises:
+        InvalidInputError: the file is missing, unreadable or holds something else; or it does not fit, with the
+            first keys that are missing, unknown or of another shape, and how many there are.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InvalidInputError(f"there is no file {file}: weights are none, default, or a file")
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            content: Any = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise InvalidInputError(f"{file} cannot be read as safetensors: {error}") from error
+    elif file.suffix in (".pt", ".pth"):
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InvalidInputError(
+                f"{file} cannot be read as plain weights ({reason}); save them with "
+                "torch.save(model.state_dict(), path)"
+            ) from error
+    else:
+        raise InvalidInputError(
+            f"{file}: weights are .safetensors, .pt or .pth, got {file.suffix or 'no suffix'!r}"
+        )
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(t, Tensor) for t in content.values())
+    ):
+        raise InvalidInputError(
+            f"{file} holds a {type(content).__name__} that is no state dictionary (names and tensors); save "
+            "model.state_dict()"
+        )
+    state = {str(key): value for key, value in content.items()}
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    _fit(model, state, str(file), ignore=ignore)
+
+
+def _fit(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    ignore: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> None:
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(ignore)}
+    missing = [
+        key
+        for key in own
+        # Files from before PyTorch 0.4.1 have no such counts, and no result depends on them.
+        if key not in state and key not in optional and not key.endswith("num_batches_tracked")
+    ]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(keys)} {text}: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
+        for keys, text in (
+            (missing, "of the model are not in it"),
+            (unknown, "are not in the model"),
+            (shapes, "have another shape"),
+        )
+        if keys
+    ]
+    if problems:
+        advice = "; is it the right model?" if missing or unknown else "; is --num-classes right?"
+        raise InvalidInputError(
+            f"{source} does not fit {type(model).__name__} (of its {len(own)} tensors): {'; '.join(problems)}{advice}"
+        )
+    model.load_state_dict({**{key: own[key] for key in own if key not in state}, **state})
+
+
+def _check_call(name: str, factory: Any, options: Mapping[str, Any]) -> None:
+    if not callable(factory):
+        raise InvalidInputError(
+            f"{name} is a {type(factory).__name__}, wanted a function that returns the model"
+        )
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{name} cannot be called with {', '.join(options) or 'no argument'} ({error}); wanted a function "
+            "without required arguments"
+            + (", that takes num_classes if --num-classes is given" if options else "")
+        ) from error
+
+
+def _built(name: str, builder: Any, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = builder(**options)
+    except (TypeError, ValueError, AssertionError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise InvalidInputError(f"{name} cannot be built with {given}: {error}") from error
+    return model
+
+
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InvalidInputError(f"{name} is needed for this model ({error}): pip install {name}") from error
+
+
+def _names(library: str) -> list[str]:
+    if library == "timm":
+        return list(_library("timm").list_models())
+    names = _library("torchvision").models.list_models()
+    return [name for name in names if not name.startswith("quantized_")]
+
+
+def _has(library: str, name: str) -> bool:
+    return bool(_library("timm").is_model(name)) if library == "timm" else name in _names(library)
+
+
+def _unknown(name: str) -> InvalidInputError:
+    library, _, rest = name.rpartition("/")
+    searched = [lib for lib in ([library] if library in LIBRARIES else LIBRARIES) if _installed(lib)]
+    missing = [lib for lib in LIBRARIES if not _installed(lib)]
+    message = f"there is no model {name!r}"
+    message += f" in {' or '.join(searched)}" if searched else ""
+    message += _suggest(rest, [known for lib in searched for known in _names(lib)])
+    message += "; a function of your own is package.module:function"
+    if missing and library not in LIBRARIES:
+        message += f"; not installed: {', '.join(missing)} (pip install {' '.join(missing)})"
+    return InvalidInputError(message)
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name.lower(), sorted(set(known)), n=5, cutoff=0.5)
+    return f"; the nearest: {', '.join(nearest)}" if nearest else ""
+
+
+def _no_weights(name: str, error: Exception) -> InvalidInputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InvalidInputError(
+        f"the pretrained weights of {name} cannot be had ({reason}); they are downloaded once, which needs the "
+        "network: give a file or none with --weights"
+    )
+
+
+def _torchvision_weights(name: str) -> Any:
+    models = _library("torchvision").models
+    try:
+        return models.get_model_weights(name).DEFAULT
+    except (ValueError, AttributeError):
+        return None
+
+
+def _timm_config(timm: Any, name: str) -> dict[str, Any]:
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return dict(config.to_dict()) if config is not None else {}
