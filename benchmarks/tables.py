@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +136,208 @@ def quickstart(name: str) -> str:
     return "\n".join(lines)
 
 
+PRUNING = "pruning-cpu.jsonl"
+CRITERIA = {
+    "flow_divergence": "flow divergence",
+    "flow_divergence_summed": "flow divergence, summed",
+    "taylor": "Taylor",
+    "taylor_summed": "Taylor, summed",
+    "weight_l1": "L1",
+    "weight_l1_summed": "L1, summed",
+    "weight_l2": "L2",
+    "weight_l2_summed": "L2, summed",
+    "fpgm": "FPGM",
+    "fpgm_summed": "FPGM, summed",
+    "positive_fraction": "APoZ",
+    "positive_fraction_summed": "APoZ, summed",
+    "bn_scale": "BN scale",
+    "bn_scale_summed": "BN scale, summed",
+    "random": "random",
+    "random_summed": "random, summed",
+}
+SUMMED = (
+    "Summed: scores as they are, added up over coupled layers; the others: mean over coupled layers, each group's "
+    "scores divided by their mean (the default of `prune_filters`)."
+)
+
+
+def pruning_rows(**wanted: Any) -> list[dict[str, Any]]:
+    """The runs whose fields have the wanted values, those of the last recipe of their network and set alone."""
+    with open(RESULTS / PRUNING, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.endswith("}\n")]
+    last = {(row["run"]["dataset"], row["run"]["model"]): row["recipe"] for row in rows}
+    return [
+        row
+        for row in rows
+        if row["recipe"] == last[row["run"]["dataset"], row["run"]["model"]]
+        and all(row["run"][key] == value for key, value in wanted.items())
+    ]
+
+
+class Spread:
+    """Values of the runs of some seeds, in percent."""
+
+    def __init__(self, rows: list[dict[str, Any]], which: str = "final") -> None:
+        by_seed = {row["run"]["seed"]: 100 * row["accuracy"][which] for row in rows}
+        self.values = list(by_seed.values())
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values) if self.values else float("-inf")
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def cell(self, best: Spread | None = None) -> str:
+        """Mean ± standard deviation; bold in the lead, ``≈`` where the lead is within its own deviation."""
+        if not self.values:
+            return ""
+        text = f"{self.mean:.2f} ± {self.deviation:.2f}"
+        if best is not None and self.mean == best.mean:
+            return f"**{text}**"
+        return f"{text} ≈" if best is not None and best.mean - self.mean <= self.deviation else text
+
+
+def _table(
+    columns: dict[str, Callable[[str], list[dict[str, Any]]]], which: dict[str, str] | None = None
+) -> list[str]:
+    """Lines of a table, a criterion a row, a column for each selection of runs; the lead of each marked."""
+    cells = {
+        title: {key: Spread(select(key), (which or {}).get(title, "final")) for key in CRITERIA}
+        for title, select in columns.items()
+    }
+    lines = []
+    for key, label in CRITERIA.items():
+        own = [column[key] for column in cells.values()]
+        if any(spread.values for spread in own):
+            leads = [max(column.values(), key=lambda spread: spread.mean) for column in cells.values()]
+            marked = (spread.cell(best) for spread, best in zip(own, leads, strict=True))
+            lines.append(f"| {label} | " + " | ".join(marked) + " |")
+    return lines
+
+
+def _head(first: str, columns: list[str]) -> list[str]:
+    return [f"| {first} | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+
+
+def _caption(rows: list[dict[str, Any]]) -> str:
+    seeds = len({row["run"]["seed"] for row in rows})
+    recipe, environment = rows[-1]["recipe"], rows[-1]["environment"]
+    return (
+        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds; bold: in the lead; ≈: the lead is within "
+        f"its own deviation. Training {recipe['epochs']} epochs, fine-tuning {recipe['finetune_epochs']}, the same for "
+        f"all. torch {environment['torch']}, {environment['date']}."
+    )
+
+
+def pruning_criteria(_: str) -> str:
+    of = {"dataset": "silhouettes", "model": "resnet"}
+    rows = pruning_rows(task="criteria", **of)
+
+    def select(macs: float) -> Callable[[str], list[dict[str, Any]]]:
+        return lambda key: [r for r in rows if r["run"]["criterion"] == key and r["run"]["macs"] == macs]
+
+    columns = {
+        "−50 % MACs, no training": select(0.5),
+        "−50 %": select(0.5),
+        "−70 %": select(0.3),
+        "−85 %": select(0.15),
+    }
+    base = Spread(rows, "base")
+    scratch = Spread(pruning_rows(task="scratch", **of))
+    return "\n".join(
+        [
+            *_head("silhouettes, residual CNN", list(columns)),
+            f"| not pruned | | {' | '.join([base.cell()] * 3)} |",
+            *_table(columns, {"−50 % MACs, no training": "recalibrated"}),
+            f"| flow divergence's shape, from scratch | | | {scratch.cell()} | |",
+            "",
+            f"{_caption(rows)} No training: batch norms re-estimated. From scratch: new weights, for as many epochs "
+            f"as training and fine-tuning took. {SUMMED}",
+        ]
+    )
+
+
+def pruning_sets(_: str) -> str:
+    places = {
+        "silhouettes": {"dataset": "silhouettes", "model": "resnet"},
+        "digits": {"dataset": "digits", "model": "resnet"},
+        "MNIST-5k": {"dataset": "mnist5k", "model": "resnet"},
+        "silhouettes, ViT": {"dataset": "silhouettes", "model": "vit"},
+    }
+    found = {
+        title: [row for task in ("criteria", "sets") for row in pruning_rows(task=task, macs=0.3, **place)]
+        for title, place in places.items()
+    }
+    found = {title: rows for title, rows in found.items() if rows}
+
+    def select(rows: list[dict[str, Any]]) -> Callable[[str], list[dict[str, Any]]]:
+        return lambda key: [row for row in rows if row["run"]["criterion"] == key]
+
+    base = [Spread(rows, "base").cell() for rows in found.values()]
+    scratch = [Spread(pruning_rows(task="scratch", **places[title])).cell() for title in found]
+    seeds = ", ".join(f"{title} {len({r['run']['seed'] for r in rows})}" for title, rows in found.items())
+    return "\n".join(
+        [
+            *_head("−70 % MACs, fine-tuned", list(found)),
+            f"| not pruned | {' | '.join(base)} |",
+            *_table({title: select(rows) for title, rows in found.items()}),
+            f"| flow divergence's shape, from scratch | {' | '.join(scratch)} |",
+            "",
+            f"Test accuracy in %, mean ± standard deviation over seeds ({seeds}); bold: in the lead; ≈: the lead is "
+            "within its own deviation.",
+        ]
+    )
+
+
+def pruning_oneshot(_: str) -> str:
+    rows = pruning_rows(task="oneshot")
+    variants = list(dict.fromkeys(row["run"]["variant"] for row in rows))
+    spreads = {v: Spread([row for row in rows if row["run"]["variant"] == v]) for v in variants}
+    base, neither = Spread(rows, "base"), spreads["neither"]
+    lines = [
+        *_head("−50 % MACs by flow divergence, no training", ["test accuracy", "of the loss recovered"]),
+        f"| not pruned | {base.cell()} | |",
+    ]
+    for variant, spread in spreads.items():
+        share = (spread.mean - neither.mean) / (base.mean - neither.mean)
+        lines.append(
+            f"| {variant} | {spread.cell()} | {'' if variant == 'neither' else f'{100 * share:.0f} %'} |"
+        )
+    return "\n".join(lines)
+
+
+def pruning_ablation(_: str) -> str:
+    rows = pruning_rows(task="ablation")
+    lines = _head(
+        "target −70 % MACs", ["test accuracy", "MACs left", "parameters left", "target reached", "tries"]
+    )
+    variants = list(dict.fromkeys(row["run"]["variant"] for row in rows))
+    spreads = {v: Spread([row for row in rows if row["run"]["variant"] == v]) for v in variants}
+    lines.append(f"| not pruned | {Spread(rows, 'base').cell()} | | | | |")
+    for variant, spread in spreads.items():
+        own = [row for row in rows if row["run"]["variant"] == variant]
+        macs = statistics.fmean(row["macs"] / row["base_macs"] for row in own)
+        params = statistics.fmean(row["params"] / row["base_params"] for row in own)
+        reached = sum(row["reached_target"] for row in own)
+        tries = statistics.fmean(row["steps"] for row in own)
+        lines.append(
+            f"| {variant} | {spread.cell()} | {100 * macs:.0f} % | {100 * params:.0f} % | "
+            f"{reached} of {len(own)} | {tries:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "quickstart-cpu": quickstart,
     "kernels-cpu": kernels,
     "profile-cpu": profile,
     "latency-cpu": latency,
+    "pruning-criteria": pruning_criteria,
+    "pruning-sets": pruning_sets,
+    "pruning-oneshot": pruning_oneshot,
+    "pruning-ablation": pruning_ablation,
 }
 
 
