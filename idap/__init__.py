@@ -2,7 +2,8 @@
 
 ``profile`` reads a model's activations once; ``flow_divergence`` and ``layer_divergence`` score its filters
 and blocks; ``prune_filters`` and ``truncate_layers`` turn scores into plans; ``compress`` does all of it
-under one budget; ``save`` and ``load`` keep the result.
+under one budget, resumably; ``save`` and ``load`` keep the result, ``export_onnx`` hands it on, ``write_report``
+shows how it came about.
 """
 
 from idap_kernels.version import __version__
@@ -15,10 +16,12 @@ from .criteria import flow_divergence, layer_divergence
 from .errors import IdapError
 from .export import export_onnx, export_program
 from .filters import prune_filters
+from .heads import find_heads, head_divergence
 from .latency import compare_latency, measure_latency
-from .layers import find_blocks, truncate_layers
+from .layers import find_blocks, fit_projections, truncate_layers
 from .plan import PruningPlan
 from .profile import ActivationProfile, profile
+from .report import write_report
 from .training import finetune
 
 __all__ = [
@@ -36,8 +39,11 @@ __all__ = [
     "export_onnx",
     "export_program",
     "find_blocks",
+    "find_heads",
     "finetune",
+    "fit_projections",
     "flow_divergence",
+    "head_divergence",
     "layer_divergence",
     "load",
     "measure_latency",
@@ -46,4 +52,5 @@ __all__ = [
     "recalibrate",
     "save",
     "truncate_layers",
+    "write_report",
 ]

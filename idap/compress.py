@@ -155,6 +155,8 @@ def compress(
     validation: Iterable[Any] | None = None,
     criterion: Criterion = flow_divergence,
     scope: str = "global",
+    normalize: str | None = "mean",
+    reduction: str = "mean",
     round_to: int = 8,
     min_width: int = 1,
     ignore: Ignore = (),
@@ -216,6 +218,8 @@ def compress(
         criterion: function of ``(model, profile)`` giving scores per layer, such as
             :func:`idap.flow_divergence`.
         scope: ``"global"`` ranks all groups together, ``"local"`` takes the same share of each.
+        normalize, reduction: how the scores of coupled layers become those of a group, and groups comparable;
+            see :func:`idap.prune_filters`.
         round_to: widths left are multiples of it.
         min_width: channels that every layer keeps at least.
         ignore: layers whose width must stay, and blocks that must not be removed: names, patterns, classes or
@@ -305,6 +309,8 @@ def compress(
             ignored=resolve_ignore(original, ignore),
             criterion=criterion,
             scope=scope,
+            normalize=normalize,
+            reduction=reduction,
             round_to=round_to,
             min_width=min_width,
             heads=heads,
@@ -394,6 +400,8 @@ class _Options:
     ignored: set[str]
     criterion: Criterion
     scope: str
+    normalize: str | None
+    reduction: str
     round_to: int
     min_width: int
     heads: bool
@@ -642,6 +650,8 @@ class _Run:
                     scores,
                     options.example_inputs,
                     scope=options.scope,
+                    normalize=options.normalize,
+                    reduction=options.reduction,
                     round_to=options.round_to,
                     min_width=options.min_width,
                     groups=scan,

@@ -446,8 +446,8 @@ def prune_filters(
 
     Args:
         scores: per layer name, shape (output channels,), and per attention module (heads,); high means
-            important. Layers without scores do not
-            contribute; groups in which no layer has scores are left alone.
+            important. Layers without scores do not contribute; groups in which no layer has scores are left
+            alone. Heads without scores of their own are scored by the channels of their queries, keys and values.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         ratio: share of the units of all prunable groups to remove, in [0, 1); exactly ``round(ratio *
             units)`` with ``round_to=1``, else the nearest number that the widths allow.

@@ -232,7 +232,7 @@ def head_divergence(model: nn.Module, profile: ActivationProfile) -> dict[str, T
                 f"the profile has {len(energy)} channels before {own.output.layer!r}, fewer than the heads "
                 "of the scan need: profile the model again"
             )
-        per_head = torch.stack([energy[list(own_)].sum() for own_ in own.output.channels]).sqrt()
+        per_head = torch.stack([energy[list(columns)].sum() for columns in own.output.channels]).sqrt()
         weights = sum(
             (_norms(model, part) for part in (own.query, own.key, own.value)), torch.zeros(own.heads)
         )

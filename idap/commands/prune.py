@@ -120,6 +120,18 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--scope", choices=("global", "local"), default=_DEFAULTS["scope"], help="one ranking, or one a layer"
     )
+    how.add_argument(
+        "--normalize",
+        choices=("mean", "none"),
+        default="mean",
+        help="mean: the scores of a group count as shares of their mean; none: as they are (mean)",
+    )
+    how.add_argument(
+        "--reduction",
+        choices=("mean", "sum", "max"),
+        default=_DEFAULTS["reduction"],
+        help="how the scores of coupled layers are joined (mean)",
+    )
     option(how, "round-to", int, "N", "widths left are multiples of it")
     option(how, "min-width", int, "N", "channels that every layer keeps at least")
     how.add_argument("--max-blocks", type=int, metavar="N", help="most blocks that may go")
@@ -278,6 +290,8 @@ class _Pruning:
                 validation=_InputsOf(loaders["validation"]),
                 criterion=_criterion(args.criterion, calibration, example),
                 scope=args.scope,
+                normalize=None if args.normalize == "none" else args.normalize,
+                reduction=args.reduction,
                 round_to=args.round_to,
                 min_width=args.min_width,
                 ignore=args.ignore,

@@ -15,6 +15,7 @@ from idap.compress import StepRecord, compress, drift
 from idap.errors import EmptyDataError, InvalidInputError, TrainingError
 from idap.latency import LatencyComparison, LatencyStats
 from idap.plan import PruningPlan
+from idap.report import layer_widths
 from idap.training import finetune
 
 
@@ -337,6 +338,15 @@ def test_compensation_can_be_told_from_its_absence():
     assert not torch.equal(on.model.head.bias, off.model.head.bias)
     assert torch.equal(off.model.head.bias, make_net().head.bias)
     assert on.drift < off.drift
+
+
+def test_the_ranking_is_that_of_the_options():
+    """Of a residual trunk with many members the sum is large: unscaled, the blocks' inner widths go first."""
+    settings = {"stages": ("filters",), "steps": 1, "initial_ratio": 0.25, "finetune": None}
+    widths = {}
+    for name, options in {"mean": {}, "sum": {"normalize": None, "reduction": "sum"}}.items():
+        widths[name] = layer_widths(run(**settings, **options).model)
+    assert widths["sum"]["stem"] == 16 > widths["mean"]["stem"]
 
 
 def test_a_model_without_anything_to_prune_says_why():

@@ -155,6 +155,7 @@ def test_masks_for_every_head_may_be_those_of_the_original() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padded", [False, True])
 def test_encoder_layers_stay_off_the_fused_path(padded: bool) -> None:
     layer = nn.TransformerEncoderLayer(24, 4, 32, batch_first=True, dropout=0.1)
