@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests, compute-sanitizer, benchmarks.
 #
-#   benchmarks/gpu_suite.sh [step ...]     steps: build tests sanitize kernels profile latency (default: all)
+#   benchmarks/gpu_suite.sh [step ...]     steps: build tests sanitize kernels profile latency (default: these)
+#                                          and pruning, which goes on from what it left in OUT
 #
 #   OUT     folder of the results          (default: benchmarks/results/gpu)
 #   WHEELS  folder of wheels to use first  (default: .whl; nothing is fetched from a network)
@@ -90,6 +91,11 @@ for name in "${STEPS[@]}"; do
     kernels) bench kernels bench_kernels.py ;;
     profile) bench profile bench_profile.py ;;
     latency) bench latency bench_latency.py ;;
+    pruning)
+      # An hour of short runs on a CPU: what is done stays, and the next call goes on from there.
+      step pruning 560 "$PYTHON" benchmarks/bench_pruning.py --device cuda --json "$OUT/pruning.jsonl" \
+        --cache "${TMPDIR:-/tmp}/idap-bases"
+      ;;
     *) note "$name" "failed: no such step" 0 ;;
   esac
 done
