@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ def following_norms(model: nn.Module, example_inputs: Inputs) -> dict[str, str]:
 
 def _look(model: nn.Module, example_inputs: Inputs) -> _Structure:
     structure = _Structure()
-    makers: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so that its id stays its own
+    # The tensor is held, so that its id stays its own; its version tells what was written into it since.
+    makers: dict[int, tuple[str, Tensor, int]] = {}
     calls: dict[str, int] = {}
 
     def leaving(name: str) -> Any:
@@ -54,7 +56,7 @@ def _look(model: nn.Module, example_inputs: Inputs) -> _Structure:
             entering, result = _inputs.first_tensor(args), _inputs.first_tensor(output)
             if entering is not None and result is not None:
                 structure.sizes[name] = (tuple(entering.shape[2:]), tuple(result.shape[2:]))
-                makers[id(result)] = (name, result)
+                makers[id(result)] = (name, result, result._version)
 
         return hook
 
@@ -62,8 +64,9 @@ def _look(model: nn.Module, example_inputs: Inputs) -> _Structure:
         def hook(module: nn.Module, args: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
             tensor = _inputs.first_tensor(args)
-            if tensor is not None and id(tensor) in makers:
-                structure.norms[makers[id(tensor)][0]] = name
+            maker = None if tensor is None else makers.get(id(tensor))
+            if maker is not None and maker[1]._version == maker[2]:
+                structure.norms[maker[0]] = name
 
         return hook
 
@@ -93,9 +96,9 @@ def compensate(
 
     ``b += W[:, removed] · mean(x[removed])`` for every layer that reads removed channels (the idea of
     variance-based pruning, Berisha et al., ICCV 2025). Where the layer has no bias but a batch norm right
-    behind it, the same goes into that norm's running mean with the opposite sign; where it has neither, the
-    layer stays as it is. A convolution's taps that fall into the zero padding are counted out, so that the
-    mean over the positions is right and not only the one in the middle of the map.
+    behind it, the same goes into that norm's running mean with the opposite sign; where it has neither, or
+    several layers share the bias, the layer stays as it is. A convolution's taps that fall into the zero
+    padding are counted out, so that the mean over the positions is right and not only that in the middle.
 
     Args:
         model: at the width that ``plan`` was made for; not changed.
@@ -119,12 +122,14 @@ def compensate(
     if not readers:
         return result
     structure = _look(model, example_inputs)
+    owners = Counter(id(parameter) for _, parameter in result.named_parameters(remove_duplicate=False))
     for removal in readers:
         module = result.get_submodule(removal.layer)
         shift = _shift(module, removal, inputs[removal.layer], structure.sizes.get(removal.layer))
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
-            bias += shift.to(bias)
+            if owners[id(bias)] <= 1:  # what one reader lacks is not what the others lack
+                bias += shift.to(bias)
             continue
         norm = (
             result.get_submodule(structure.norms[removal.layer]) if removal.layer in structure.norms else None
@@ -198,7 +203,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         batches: model inputs: tensors, tuples of positional or dicts of keyword arguments.
 
     Returns:
-        The number of batch norms that were re-estimated (0: nothing was run).
+        The number of batch norms that were re-estimated. Those that no batch reaches keep what they have.
 
     Raises:
         EmptyDataError: there is no batch.
@@ -212,6 +217,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     if not norms:
         return 0
     before = copy.deepcopy([norm.state_dict() for norm in norms])
+    calls = [0] * len(norms)
+    handles = [
+        norm.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))  # type: ignore[misc]
+        for i, norm in enumerate(norms)
+    ]
     count, problem = 0, None
     try:
         with _averaging(model, norms), torch.no_grad():
@@ -221,9 +231,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     except ValueError as error:
         # Every process learns of it, so that none waits for another.
         problem = error
-    everywhere, failures = distributed.total([count, problem is not None], _inputs.device_of(model))
-    if failures or not everywhere:
-        for norm, state in zip(norms, before, strict=True):
+    finally:
+        for handle in handles:
+            handle.remove()
+    everywhere, failures, *totals = distributed.total([count, problem is not None, *calls])
+    for norm, state, reached in zip(norms, before, totals, strict=True):
+        if failures or not reached:
             norm.load_state_dict(state)
     if failures:
         raise InvalidInputError(
@@ -232,8 +245,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         ) from problem
     if not everywhere:
         raise EmptyDataError("there is no batch to re-estimate the batch norms on")
-    _average_over_processes(norms, count, int(everywhere))
-    return len(norms)
+    seen = [(norm, own, all_) for norm, own, all_ in zip(norms, calls, totals, strict=True) if all_]
+    _average_over_processes(seen)
+    return len(seen)
 
 
 @contextmanager
@@ -253,16 +267,17 @@ def _averaging(model: nn.Module, norms: Iterable[_BatchNorm]) -> Iterator[None]:
                 norm.momentum = momentum
 
 
-def _average_over_processes(norms: Iterable[_BatchNorm], count: int, everywhere: int) -> None:
+def _average_over_processes(norms: Iterable[tuple[_BatchNorm, int, float]]) -> None:
+    """Weigh the averages of every process by the batches in them: (norm, own batches, batches of all)."""
     if distributed.world()[1] == 1:
         return
-    for norm in norms:
+    for norm, own, everywhere in norms:
         for buffer in (norm.running_mean, norm.running_var):
             assert isinstance(buffer, Tensor)
-            sums = distributed.total((buffer.double() * count).tolist(), buffer.device)
+            sums = distributed.total((buffer.double() * own).tolist())
             buffer.copy_(torch.tensor(sums, dtype=torch.float64) / everywhere)
         if isinstance(norm.num_batches_tracked, Tensor):
-            norm.num_batches_tracked.fill_(everywhere)
+            norm.num_batches_tracked.fill_(int(everywhere))
 
 
 def reading_layers(model: nn.Module) -> list[str]:

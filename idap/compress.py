@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from numbers import Real
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from . import calibration, distributed
 from .complexity import count_macs, count_params
 from .criteria import flow_divergence, layer_divergence
-from .errors import EmptyDataError, InvalidInputError, TargetUnreachableError, TrainingError
+from .errors import ArtifactError, EmptyDataError, InvalidInputError, TargetUnreachableError, TrainingError
 from .filters import prune_filters
 from .groups import GroupScan, Ignore, Skipped, find_groups, is_head_group, resolve_ignore
 from .heads import find_heads
@@ -48,6 +49,7 @@ _SIGNATURES = {
 
 Criterion = Callable[[nn.Module, ActivationProfile], dict[str, Tensor]]
 Finetune = Callable[[nn.Module], Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,8 @@ def compress(
             repeatable ``finetune`` it ends at the same model.
         progress: True prints a line a step; a function gets each new :class:`StepRecord` instead.
         on_stage: called with ``"filters"``, ``"layers"`` or ``"final"`` and the model kept at the end of that
-            stage, which must not be changed; after the final training only if its result was kept, and not
-            for stages that an earlier process has finished.
+            stage, which must not be changed; after the final training only if its result was kept. In a run
+            that was resumed it has been called for the stages that were over before.
 
     Raises:
         InvalidInputError: an argument is wrong, ``data`` cannot be read more than once or holds nothing,
@@ -266,7 +268,8 @@ def compress(
     _check_target(target)
     if resume and directory is None:
         raise InvalidInputError("resume=True needs the directory of the run to go on with")
-    first = _first_batch(data)
+    first = _first_batch(data, "data")
+    check = first if validation is None else _first_batch(validation, "validation")
     processes = distributed.world()[1]
     if processes > 1 and isinstance(data, Sized) and len(data) < processes:
         raise InvalidInputError(
@@ -285,21 +288,22 @@ def compress(
     with _random_states(device_of(model)):
         start = time.perf_counter()
         original = copy.deepcopy(model).eval()
-        try:
-            with torch.no_grad():
-                call(original, to_model(first, original))
-        except Exception as error:
-            raise InvalidInputError(
-                f"the model cannot run on the first batch, a {_describe(first)}: {error}. Batches hold model "
-                "inputs alone; for a loader of (input, target) pairs pass [x for x, _ in loader]"
-            ) from error
+        for name, batch in {"data": first, "validation": check}.items():
+            try:
+                with torch.no_grad():
+                    call(original, to_model(batch, original))
+            except Exception as error:
+                raise InvalidInputError(
+                    f"{name}: the model cannot run on the first batch, a {_describe(batch)}: {error}. Batches "
+                    "hold model inputs alone; for a loader of (input, target) pairs pass [x for x, _ in loader]"
+                ) from error
         options = _Options(
             data=data,
             validation=data if validation is None else validation,
             evaluate=evaluate,
             finetune=finetune,
             example_inputs=example_inputs,
-            budget=budget,
+            budget=float(budget),
             steps=steps,
             initial_ratio=initial_ratio,
             alpha=alpha,
@@ -331,11 +335,11 @@ def compress(
             run.begin(target, start)
             run.stages(tuple(stages), on_stage)
             run.finish(last)
-            if on_stage is not None and run.current.stage == "final" and not run.replayed:
-                on_stage("final", run.model)
+            if run.current.stage == "final":
+                run.end_of("final", on_stage)
             result = run.result()
             if isinstance(journal, RunDirectory):
-                journal.finish(result, run.report(result, time.perf_counter() - start))
+                journal.finish(result, run.report(result))
             distributed.wait()
     return result
 
@@ -456,7 +460,6 @@ class _Run:
         self.history: list[StepRecord] = []
         self.stopped: dict[str, str] = {}
         self.target: dict[str, float] = {}
-        self.replayed = False  # whether the last step was read from the journal
         self.clock = time.perf_counter()
         self._model: nn.Module | None = original
         self._checkpoint: Mapping[str, Any] | None = None
@@ -481,6 +484,10 @@ class _Run:
             else:
                 self._model = self.plan.apply(self.original)
             distributed.same_weights(self._model)
+            parameters = list(self._model.parameters())
+            flags = distributed.from_first([parameter.requires_grad for parameter in parameters])
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
         return self._model
 
     def _accept(self, model: nn.Module | None, plan: PruningPlan | None) -> None:
@@ -510,7 +517,7 @@ class _Run:
                 "and 1"
             )
         for name, value in (target or {}).items():
-            absolute = value * getattr(record, name) if value <= 1 else value
+            absolute = float(value) * getattr(record, name) if value <= 1 else float(value)
             self.target[name] = absolute if name == "latency" else int(absolute)
         cost = Cost(record.params, record.macs)
         self.plan = PruningPlan(type(original).__name__, before=cost, after=cost)
@@ -518,8 +525,13 @@ class _Run:
     def _profile(self, model: nn.Module, **what: Any) -> ActivationProfile:
         """A profile of all the data, the same on every process."""
         own = distributed.shard(self.options.data)
+        self._same_draws()
         stats = profile(model, own, backend=self.options.backend, progress=False, **what)
         return stats.all_reduce() if distributed.world()[1] > 1 else stats
+
+    def _same_draws(self) -> None:
+        """What reads the data next draws the same numbers on every process, and after an interruption."""
+        _seed(self.options.seed)
 
     # ----------------------------------------------------------------------------------- the course
 
@@ -528,9 +540,8 @@ class _Run:
         turns = [(name, 1.0) for name in names]
         if len(names) > 1 and self.journal.decide("blocks", self._has_blocks):
             turns[0] = (names[0], self.options.first_share)
-            if self.target:
-                # A second turn for the first stage, in case the other one cannot go the rest of the way.
-                turns.append((names[0], 1.0))
+            # A second turn for the first stage, for what the other one has left of the way and of the budget.
+            turns.append((names[0], 1.0))
         for turn, (name, share) in enumerate(turns):
             if self.reached(1.0):
                 self.stopped.setdefault(name, "the target was reached before")
@@ -538,9 +549,18 @@ class _Run:
             before = self.current
             self.stopped[name] = self._filters(share) if name == "filters" else self._layers(share)
             is_repeat = turn >= len(names)
-            idle = is_repeat and self.current is before
-            if on_stage is not None and not idle and not self.journal.replaying:
+            if not (is_repeat and self.current is before):
+                self.end_of(name, on_stage)
+
+    def end_of(self, name: str, on_stage: Callable[[str, nn.Module], None] | None) -> None:
+        """Tell of the end of a stage, once over all processes that worked on the run."""
+
+        def tell() -> str:
+            if on_stage is not None:
                 on_stage(name, self.model)
+            return name
+
+        self.journal.decide("stage", tell)
 
     def finish(self, finetune: Finetune | None) -> None:
         """The last fine-tuning: undone if the metric falls by it, to below the original's."""
@@ -575,7 +595,7 @@ class _Run:
             decision = self.journal.decide("plan", partial(self._decide_filters, ratio, share))
             if decision["plan"] is None:
                 return str(decision["action"])
-            plan = PruningPlan.from_dict(decision["plan"])
+            plan = self._read_back(PruningPlan.from_dict, decision["plan"])
             # Coarse widths can make a smaller ratio the same plan; it need not be trained twice.
             if plan.steps not in rejected and self._try(
                 "filters",
@@ -692,6 +712,7 @@ class _Run:
 
     def _recalibrated(self, pruned: nn.Module) -> nn.Module:
         if self.options.recalibrate:
+            self._same_draws()
             calibration.recalibrate(pruned, self.options.data)
         return pruned
 
@@ -707,12 +728,12 @@ class _Run:
     def _layers(self, share: float) -> str:
         options = self.options
         essential: set[str] = set()
-        removed = 0
         while True:
             if self.reached(share):
                 return _TARGET_REACHED if share == 1 else _SHARE_DONE
+            removed = sum(record.accepted and record.stage == "layers" for record in self.history)
             if options.max_blocks is not None and removed >= options.max_blocks:
-                return f"{removed} blocks were removed, the most allowed"
+                return f"{removed} block{'' if removed == 1 else 's'} removed, the most allowed"
             ranking = self.journal.decide("ranking", self._rank_blocks)
             candidates = [(name, d) for name, d in ranking if name not in essential]
             if not candidates:
@@ -720,7 +741,7 @@ class _Run:
             for name, divergence in candidates:
                 decision = self.journal.decide("plan", partial(self._decide_block, name, divergence))
                 if decision["plan"] is not None:
-                    plan = PruningPlan.from_dict(decision["plan"])
+                    plan = self._read_back(PruningPlan.from_dict, decision["plan"])
                     if self._try(
                         "layers",
                         decision["action"],
@@ -729,7 +750,6 @@ class _Run:
                         options.finetune,
                         self._floor(share),
                     ):
-                        removed += 1
                         break
                 essential.add(name)
 
@@ -769,6 +789,7 @@ class _Run:
         pruned = plan.apply(self.model)
         fit = ProjectionFit(plan)
         if fit.blocks:
+            self._same_draws()
             for batch in distributed.shard(self.options.data):
                 fit.update(self.model, batch)
             if distributed.world()[1] > 1:
@@ -799,9 +820,11 @@ class _Run:
                 try:
                     candidate = _trained(finetune, candidate)
                 except TrainingError as error:
-                    note = str(error)
+                    note = str(error) or "the training failed"
+                note = distributed.any_of(note)
                 distributed.same_weights(candidate)
             candidate.eval()
+            self._same_draws()
             metric = math.nan if note else _evaluate(self.options.evaluate, candidate)
             return StepRecord(
                 stage=stage,
@@ -826,10 +849,9 @@ class _Run:
         candidate: Callable[[], nn.Module | None] | None,
     ) -> StepRecord:
         """The outcome of a step, from the journal or computed now; an accepted model is kept."""
-        self.replayed = self.journal.replaying
-        if self.replayed:
+        if self.journal.replaying:
             event = self.journal.read("step")
-            record = StepRecord.from_dict(event["record"])
+            record = self._read_back(StepRecord.from_dict, event["record"])
             self.history.append(record)
             if record.accepted and candidate is not None:
                 self._checkpoint = event["checkpoint"]
@@ -850,10 +872,17 @@ class _Run:
         self.report_step(record)
         return record
 
+    def _read_back(self, make: Callable[[Any], T], data: Any) -> T:
+        """A plan or record as the journal holds it."""
+        try:
+            return make(data)
+        except InvalidInputError as error:
+            raise ArtifactError(f"line {self.journal.position} of the journal is damaged: {error}") from error
+
     def _drift(self, candidate: nn.Module) -> float:
         batches = distributed.shard(self.options.validation)
         sums = _differences(self.original, candidate, batches)
-        return _ratio(*distributed.total(sums, device_of(candidate)))
+        return _ratio(*distributed.total(sums))
 
     def _latency(self, candidate: nn.Module) -> float | None:
         base = self.history[0].latency if self.history else None
@@ -884,7 +913,7 @@ class _Run:
             latency=current.latency,
         )
 
-    def report(self, result: CompressionResult, seconds: float) -> dict[str, Any]:
+    def report(self, result: CompressionResult) -> dict[str, Any]:
         """What ``result.json`` holds: the result, and what a report shows of both models."""
         from .artifact import versions
         from .report import layer_widths, mean_divergence
@@ -915,7 +944,7 @@ class _Run:
             "latency": latency,
             "settings": described,
             "versions": versions(),
-            "seconds": seconds,
+            "seconds": sum(step.seconds for step in result.history),
         }
 
 
@@ -973,16 +1002,21 @@ def _meets(plan: PruningPlan, goals: Mapping[str, int]) -> bool:
 
 
 def _trained(finetune: Finetune, model: nn.Module) -> nn.Module:
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = _shapes(model)
     trained = finetune(model)
     if not isinstance(trained, nn.Module):
         trained = model
-    if {name: tensor.shape for name, tensor in trained.state_dict().items()} != shapes:
+    if _shapes(trained) != shapes:
         raise InvalidInputError(
             "finetune changed the structure of the model, so that the plan no longer describes it; train in "
             "place, or return a module with the same names and shapes"
         )
     return trained
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    state = model.state_dict().items()
+    return {name: value.shape for name, value in state if isinstance(value, Tensor)}
 
 
 def _json_number(value: Any) -> Any:
@@ -1039,28 +1073,23 @@ def _check_target(target: Mapping[str, float] | None) -> None:
     if not isinstance(target, Mapping) or not target or set(target) - set(TARGETS):
         raise InvalidInputError(f"target must be a dict with keys among {TARGETS}, got {target!r}")
     for name, value in target.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value <= 0
-        ):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
             raise InvalidInputError(f"the target for {name} must be a number above 0, got {value!r}")
 
 
-def _first_batch(batches: Iterable[Any]) -> Any:
+def _first_batch(batches: Iterable[Any], name: str) -> Any:
     if isinstance(batches, Iterator):
         raise InvalidInputError(
-            f"data is a {type(batches).__name__}, which can be read only once, and compressing reads it "
+            f"{name} is a {type(batches).__name__}, which can be read only once, and compressing reads it "
             "many times: pass a list or a DataLoader, for example list(batches)"
         )
     if isinstance(batches, (Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise InvalidInputError(
-            f"data must be an iterable of batches, got {type(batches).__name__}; put one batch in a list"
+            f"{name} must be an iterable of batches, got {type(batches).__name__}; put one batch in a list"
         )
     for batch in batches:
         return batch
-    raise EmptyDataError("data holds no batch; at least one is needed to profile the model")
+    raise EmptyDataError(f"{name} holds no batch; at least one is needed")
 
 
 def _first_sample(batch: Any) -> Any:

@@ -5,12 +5,14 @@ Without an initialised process group every function is that of a single process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 T = TypeVar("T")
 
@@ -40,6 +42,16 @@ def shard(batches: Iterable[T]) -> Iterable[T]:
     return batches if world()[1] == 1 else Shard(batches)
 
 
+def _device() -> torch.device:
+    """Where tensors have to be to travel."""
+    import torch.distributed as dist
+
+    if dist.get_backend() != "nccl":
+        return torch.device("cpu")
+    # Not the current device, which is the first GPU on every process that has not chosen one.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+
+
 def from_first(value: T) -> T:
     """The value of rank 0, on every rank. It travels pickled, between processes of one run."""
     if world()[1] == 1:
@@ -47,18 +59,30 @@ def from_first(value: T) -> T:
     import torch.distributed as dist
 
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, device=_device())
     return box[0]
 
 
-def total(values: Iterable[float], device: torch.device | None = None) -> list[float]:
+def any_of(text: str) -> str:
+    """The first of all processes' texts that is not empty, on every rank; empty if all are."""
+    size = world()[1]
+    if size == 1:
+        return text
+    import torch.distributed as dist
+
+    found = [""] * size
+    with torch.cuda.device(_device()) if _device().type == "cuda" else nullcontext():
+        dist.all_gather_object(found, text)
+    return next((other for other in found if other), "")
+
+
+def total(values: Iterable[float]) -> list[float]:
     """The sums of float64 numbers over all processes."""
     tensor = torch.tensor(list(values), dtype=torch.float64)
     if world()[1] > 1:
         import torch.distributed as dist
 
-        on_gpu = dist.get_backend() == "nccl"
-        tensor = tensor.to(device or "cuda") if on_gpu else tensor
+        tensor = tensor.to(_device())
         dist.all_reduce(tensor)
     return [float(value) for value in tensor.tolist()]
 
@@ -69,12 +93,12 @@ def same_weights(model: nn.Module) -> None:
         return
     import torch.distributed as dist
 
-    on_gpu = dist.get_backend() == "nccl"
     for tensor in (*model.parameters(), *model.buffers()):
         data = tensor.detach()
-        moved: Tensor = data.cuda() if on_gpu and not data.is_cuda else data.contiguous()
-        dist.broadcast(moved, src=0)
-        if moved.data_ptr() != data.data_ptr():
+        if data.numel():
+            # As bytes, since not every backend knows every type.
+            moved = data.to(_device(), copy=True).contiguous()
+            dist.broadcast(moved.flatten().view(torch.uint8), src=0)
             data.copy_(moved)
 
 

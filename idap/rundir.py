@@ -103,9 +103,9 @@ class RunDirectory(Journal):
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool) -> None:
         self.path = Path(path)
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False, default=_plain))
         self.leads = distributed.world()[0] == 0
-        self._lock: Any = None
+        self._lock: int | None = None
         problem, events = None, []
         if self.leads:
             try:
@@ -121,7 +121,7 @@ class RunDirectory(Journal):
     def close(self) -> None:
         """Let go of the lock."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     # ------------------------------------------------------------------------------------ opening
@@ -129,36 +129,40 @@ class RunDirectory(Journal):
     def _open(self, resume: bool) -> list[dict[str, Any]]:
         if self.path.exists() and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is a file; give a directory")
-        present = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        present = sorted(entry.name for entry in self.path.iterdir())
         if RUN not in present:
-            leftovers = [name for name in present if name != _temporary(RUN)]
+            leftovers = [n for n in present if n not in (JOURNAL, _temporary(RUN), _temporary(JOURNAL))]
             if leftovers:
                 raise ArtifactError(
                     f"{self.path} is not empty and holds no run of idap ({', '.join(leftovers[:3])}"
                     f"{' ...' if len(leftovers) > 3 else ''}); give another directory"
                 )
-            self.path.mkdir(parents=True, exist_ok=True)
-            description = {
-                "format": FORMAT,
-                "version": FORMAT_VERSION,
-                "settings": self.settings,
-                "versions": artifact.versions(),
-            }
-            write_atomically(self.path / RUN, json.dumps(description, indent=1))
-            self._take_lock()
-            (self.path / JOURNAL).touch()
-            return []
-        description = read_description(self.path)
+            return self._begin()
+        description, events = read_description(self.path), read_events(self.path)
+        if not any(event["event"] == "step" and event["record"]["stage"] != "base" for event in events):
+            # Nothing was done yet; most likely the arguments were wrong.
+            return self._begin()
         if not resume:
             raise ArtifactError(
                 f"{self.path} holds a run already; continue it with resume=True (--resume), or give another "
                 "directory"
             )
-        self._take_lock()
         self._compare(description.get("settings"), self.settings)
-        events = read_events(self.path)
         self._cut_to(events)
         return events
+
+    def _begin(self) -> list[dict[str, Any]]:
+        description = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "settings": self.settings,
+            "versions": artifact.versions(),
+        }
+        write_atomically(self.path / JOURNAL, "")
+        write_atomically(self.path / RUN, json.dumps(description, indent=1))
+        return []
 
     def _compare(self, before: Any, now: Mapping[str, Any]) -> None:
         if not isinstance(before, dict):
@@ -180,7 +184,8 @@ class RunDirectory(Journal):
             import fcntl
         except ImportError:  # no such locks on this system
             return
-        self._lock = (self.path / RUN).open("rb")
+        # Of the directory itself, since files in it are replaced. It ends with the process, however that ends.
+        self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -189,7 +194,6 @@ class RunDirectory(Journal):
 
     def _cut_to(self, events: list[dict[str, Any]]) -> None:
         """Drop an unfinished last line, and models that no line speaks of."""
-        (self.path / JOURNAL).touch()
         lines = (self.path / JOURNAL).read_bytes()
         whole = lines[: lines.rfind(b"\n") + 1]
         if whole != lines:
@@ -286,9 +290,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = (path / JOURNAL).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        # The run was killed between its first two files.
-        return []
     except OSError as error:
         raise ArtifactError(f"{path / JOURNAL}: {error}") from error
     events = []
@@ -297,10 +298,28 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError as error:
             raise ArtifactError(f"{path / JOURNAL}: line {number} is damaged ({error})") from error
-        if not isinstance(event, dict) or "event" not in event:
-            raise ArtifactError(f"{path / JOURNAL}: line {number} is no decision of a run")
+        if not _is_decision(event):
+            raise ArtifactError(f"{path / JOURNAL}: line {number} is damaged (it is no decision of a run)")
         events.append(event)
     return events
+
+
+def _is_decision(event: Any) -> bool:
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    if event["event"] != "step":
+        value = event.get("value")
+        plan = isinstance(value, dict) and {"plan", "action"} <= value.keys()
+        return "value" in event and (plan or event["event"] != "plan")
+    record, kept = event.get("record"), event.get("checkpoint")
+    if not isinstance(record, dict) or not isinstance(record.get("stage"), str):
+        return False
+    return kept is None or (isinstance(kept, dict) and isinstance(kept.get("directory"), str))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as those of Python."""
+    return value.item()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -17,26 +17,29 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_python_blocks_run(number, tmp_path, monkeypatch, capsys):
-    if "torchvision" in blocks("python")[number]:
-        pytest.importorskip("torchvision")
+    for library, word in (("torchvision", "torchvision"), ("onnxruntime", "export_onnx")):
+        if word in blocks("python")[number]:
+            pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks("python")[number], f"README block {number}", "exec"), {})
 
 
 def test_every_python_block_is_run():
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
-def test_tables_are_those_of_the_results():
+@pytest.mark.parametrize("document", ["README.md", "benchmarks/RESULTS.md"])
+def test_tables_are_those_of_the_results(document):
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    text = README.read_text(encoding="utf-8")
-    assert tables.filled(text) == text, "run: python benchmarks/tables.py --write"
+    assert set(tables.TABLES) == {"README.md", "benchmarks/RESULTS.md"}
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert tables.filled(document) == text, "run: python benchmarks/tables.py --write"
 
 
 def test_every_environment_variable_has_a_row():

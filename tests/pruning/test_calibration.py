@@ -169,6 +169,38 @@ def test_following_norms_are_found_by_the_tensor_they_take():
     assert reading_layers(model) == ["late", "lonely", "twice"]
 
 
+def test_a_norm_behind_something_in_place_does_not_follow():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
+    assert following_norms(model, torch.randn(2, 3, 4, 4)) == {}
+
+
+def test_a_shared_bias_is_left_alone():
+    torch.manual_seed(0)
+    model = chain(nn.Linear(3, 6), nn.Linear(6, 5))
+    model.append(nn.Linear(5, 5).double())
+    model[3].bias = model[2].bias
+    data = torch.randn(7, 3).double()
+    stats = profile(model, [data], blocks=(), inputs=["2"]).inputs
+    shifted = compensate(model, plan_for(model, 6, [1], ("linear_out", "linear_in")), stats, data)
+    assert shifted[3].bias is shifted[2].bias
+    assert torch.equal(shifted[2].bias, model[2].bias)
+
+
+def test_recalibration_leaves_norms_alone_that_no_batch_reaches():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.aux = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x, aux=False):
+            return self.aux(x) if aux else self.main(x)
+
+    model = Net().eval()
+    model.aux.running_mean.fill_(7)
+    assert recalibrate(model, [torch.randn(4, 3)]) == 1
+    assert bool((model.aux.running_mean == 7).all())
+
+
 def test_recalibration_averages_batches_and_leaves_the_rest():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4, momentum=0.3), nn.Dropout(0.5)).train()

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -203,6 +204,41 @@ def test_an_essential_block_is_put_back_and_not_tried_again():
     assert "essential" in result.stopped["layers"]
 
 
+def test_max_blocks_counts_over_the_whole_run():
+    net = make_net((1.0, 0.01, 0.3))
+    result = run(net, stages=("layers", "filters"), max_blocks=1, target={"macs": 0.05}, steps=1)
+    assert sum(s.accepted and s.stage == "layers" for s in result.history) == 1
+    assert "1 block removed" in result.stopped["layers"]
+
+
+def test_without_a_target_the_first_stage_uses_what_the_other_left_of_the_budget():
+    def metric(model: nn.Module) -> float:
+        whole = len(blocks_left(model)) == 3
+        return (0.3 + 0.6 * count_params(model) / count_params(make_net())) if whole else 0.0
+
+    both = run(evaluate=metric, budget=0.4)
+    alone = run(evaluate=metric, budget=0.4, stages=("filters",))
+    assert both.params <= alone.params
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ([], "validation holds no batch"),
+        (iter(BATCHES), "read only once"),
+        ([(ONE, ONE)], "validation: the model"),
+    ],
+)
+def test_validation_data_is_looked_at_before_any_work(validation, message):
+    with pytest.raises(InvalidInputError, match=message):
+        run(validation=validation, evaluate=lambda model: pytest.fail("work was done"))
+
+
+def test_numbers_of_numpy_will_do(tmp_path):
+    budget, goal = np.float64(0.05), np.int64(10**5)
+    assert run(target={"macs": goal}, budget=budget, directory=tmp_path, steps=1).target == {"macs": 10**5}
+
+
 def test_max_blocks_zero_removes_none():
     result = run(stages=("layers",), max_blocks=0)
     assert [s.stage for s in result.history] == ["base"]
@@ -229,12 +265,10 @@ def test_the_first_stage_may_use_only_its_share_of_the_budget():
 
     # A fall of 0.1 x the share removed, the budget 0.05: half may go, and 0.5 of that in the first stage.
     result = run(evaluate=evaluate, budget=0.05, first_share=0.5, initial_ratio=0.1)
-    falls = {
-        stage: max(0.9 - s.metric for s in result.history if s.stage == stage and s.accepted)
-        for stage in ("filters", "layers")
-    }
-    assert 0 < falls["filters"] <= 0.025 + 1e-9
-    assert falls["layers"] <= 0.05 + 1e-9
+    stages = [s.stage for s in result.history]
+    turn = result.history[: stages.index("layers")]
+    assert 0 < max(0.9 - s.metric for s in turn if s.accepted) <= 0.025 + 1e-9
+    assert stages.index("layers") < len(stages) - 1 - stages[::-1].index("filters"), "no second turn"
     assert 0.9 - result.metric <= 0.05 + 1e-9
 
 
