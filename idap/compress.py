@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from numbers import Real
@@ -783,7 +783,8 @@ class _Run:
             )
         except TargetUnreachableError:  # the model does not run without it
             return {"plan": None, "action": action}
-        return {"plan": plan.to_dict(), "action": action}
+        # What the plan says of the other blocks holds for this step alone.
+        return {"plan": replace(plan, skipped=()).to_dict(), "action": action}
 
     def _without_block(self, plan: PruningPlan) -> nn.Module:
         pruned = plan.apply(self.model)

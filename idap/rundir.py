@@ -1,9 +1,9 @@
 """The directory of a run: every decision in a journal, the accepted model beside it, so that a run can go on.
 
 ``run.json`` says what was asked for, ``journal.jsonl`` holds one decision a line, ``checkpoint-NNNN`` the model
-of the last accepted step. A run is a function of its decisions: to resume, they are read back instead of being
-made again, and the work goes on where the journal ends. A line counts once it is complete; what a crash left
-behind half written is dropped.
+of the last accepted step, until ``model`` holds that of the end. A run is a function of its decisions: to
+resume, they are read back instead of being made again, and the work goes on where the journal ends. A line
+counts once it is complete; what a crash left behind half written is dropped.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class RunDirectory(Journal):
                 )
             return self._begin()
         description, events = read_description(self.path), read_events(self.path)
-        if not any(event["event"] == "step" and event["record"]["stage"] != "base" for event in events):
+        if not _any_step(events):
             # Nothing was done yet; most likely the arguments were wrong.
             return self._begin()
         if not resume:
@@ -243,6 +243,8 @@ class RunDirectory(Journal):
             ArtifactError: it is gone or damaged.
         """
         path = self.path / str(checkpoint["directory"])
+        if not path.exists() and (self.path / RESULT).exists():
+            path = self.path / MODEL  # the run is over, and this is all that it keeps
         if artifact.describe(path).get("sha256") != checkpoint.get("sha256"):
             raise ArtifactError(f"{path}: it is not the model that the journal speaks of")
         return artifact.load(path, lambda: original, device=device)
@@ -254,10 +256,26 @@ class RunDirectory(Journal):
         try:
             artifact.save(result, self.path / MODEL)
             write_atomically(self.path / RESULT, json.dumps(report, indent=1, allow_nan=False))
+            for entry in self.path.glob(f"{_CHECKPOINT}*"):
+                shutil.rmtree(entry, ignore_errors=True)
         except OSError as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(_cannot_write(self.path, error)) from error
+
+
+def has_steps(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a run that has done more than to look at the original.
+
+    Raises:
+        ArtifactError: its journal is damaged.
+    """
+    place = Path(path)
+    return (place / RUN).is_file() and (place / JOURNAL).is_file() and _any_step(read_events(place))
+
+
+def _any_step(events: list[dict[str, Any]]) -> bool:
+    return any(event["event"] == "step" and event["record"]["stage"] != "base" for event in events)
 
 
 def read_description(path: Path) -> dict[str, Any]:
