@@ -8,28 +8,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import inspect_model, prune
-from .errors import IdapError
-from .quickstart.settings import Settings
-
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for an error of ours or wrong usage, 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(arguments, argparse.Namespace(argv=arguments))
     try:
-        return int(args.run(args))
+        return _main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _main(arguments: list[str]) -> int:
+    # Here and in _parser, since these imports take seconds, in which Ctrl-C counts too.
+    from .errors import IdapError
+    from .models import UserCodeError
+
+    args = _parser().parse_args(arguments, argparse.Namespace(argv=arguments))
+    try:
+        return int(args.run(args))
     except IdapError as error:
+        if isinstance(error, UserCodeError):
+            print(error.frames, end="", file=sys.stderr)
         print(f"idap: {_one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .commands import inspect_model, prune
+    from .quickstart.settings import Settings
+
     parser = argparse.ArgumentParser(
         prog="idap", description="Prune PyTorch models by flow divergence (IDAP++)."
     )
@@ -91,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quickstart(args: argparse.Namespace) -> int:
     from .quickstart.run import run
+    from .quickstart.settings import Settings
 
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "argv")}
     run(Settings(**settings))

@@ -613,7 +613,7 @@ class _Run:
             scale /= 2
             if failures > options.halvings:
                 return f"{failures} steps in a row went beyond the budget"
-        return f"all {options.steps} steps were taken"
+        return "all steps were taken"
 
     def _groups(self) -> GroupScan:
         """The coupled channels of the model kept so far, found once."""

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import EmptyDataError, InvalidInputError
 from .inputs import call, evaluating, first_tensor, named_tensors, to_model
-from .models.resolve import import_object
+from .models.resolve import a_kind, import_object, users_code
 
 VALIDATION_SHARE, VALIDATION_MOST = 0.1, 10_000
 TEST_SHARE = 0.1
@@ -256,7 +256,7 @@ def inputs_of(batch: Any) -> Any:
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise InvalidInputError(
-            f"the data must give pairs (input, target), got a {type(batch).__name__}"
+            f"the data must give pairs (input, target), got {a_kind(batch)}"
             + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
         )
     return batch[0]
@@ -394,6 +394,19 @@ def _read_folder(path: Path) -> Any:
     try:
         return sets.ImageFolder(path)
     except FileNotFoundError as error:
+        folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
+        images = tuple(sets.folder.IMG_EXTENSIONS)
+        empty = [
+            folder
+            for folder in folders
+            if not any(file.name.lower().endswith(images) for file in folder.rglob("*"))
+        ]
+        if empty and len(empty) < len(folders):
+            names = ", ".join(map(str, empty[:3])) + (" ..." if len(empty) > 3 else "")
+            raise InvalidInputError(
+                f"{names} {'holds' if len(empty) == 1 else 'hold'} no images; add some, or remove the "
+                f"folder{'s' * (len(empty) > 1)}"
+            ) from error
         raise InvalidInputError(
             f"{path} holds no images in folders by class, such as {path}/cat/1.png ({error})"
         ) from error
@@ -537,23 +550,24 @@ def _item_name(dataset: Any, index: int) -> str:
 def _from_function(spec: str) -> DataSplits:
     function = import_object(spec, "data")
     if not callable(function):
-        raise InvalidInputError(f"data: {spec} is a {type(function).__name__}, wanted a function")
+        raise InvalidInputError(f"data: {spec} is {a_kind(function)}, wanted a function")
     try:
         inspect.signature(function).bind()
     except TypeError as error:
         raise InvalidInputError(f"data: {spec} must need no argument ({error})") from error
     except ValueError:
         pass  # built in, without a signature
-    parts = function()
+    with users_code(f"--data {spec}"):
+        parts = function()
     if not isinstance(parts, (tuple, list)) or len(parts) != 3:
         raise InvalidInputError(
             f"data: {spec}() must return (train, validation, test), data sets of (input, target); it returned "
-            f"a {type(parts).__name__}" + (f" of {len(parts)}" if isinstance(parts, (tuple, list)) else "")
+            f"{a_kind(parts)}" + (f" of {len(parts)}" if isinstance(parts, (tuple, list)) else "")
         )
     for name, part in zip(("train", "validation", "test"), parts, strict=True):
         if isinstance(part, DataLoader) or not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
             raise InvalidInputError(
-                f"data: the {name} part of {spec}() is a {type(part).__name__}, wanted a data set with "
+                f"data: the {name} part of {spec}() is {a_kind(part)}, wanted a data set with "
                 "__getitem__ and __len__, or a list of pairs"
             )
     train, validation, test = parts

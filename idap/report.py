@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import rundir
 from .compress import StepRecord
 from .errors import ArtifactError, InvalidInputError
+from .groups import Skipped
 from .latency import LatencyStats
 from .plan import BlockRemoval, BlockStep, PruningPlan
 from .plots import SIZES, Spot, plot_divergence, plot_steps, plot_widths
@@ -44,7 +45,7 @@ __all__ = [
     "write_report",
 ]
 
-PAGE = "index.html"
+PAGE, TABLE = "index.html", "table.json"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def stage_table(
         if row is not first:
             points = 100 * (row.accuracy - first.accuracy)
             changes = (_percent(row.params, first.params), _percent(row.macs, first.macs), f"\n{points:+.2f}")
-        values = (f"{row.params:,}", f"{row.macs / 1e6:.2f} M", f"{row.accuracy:.2%}")
+        values = (f"{row.params:,}", format_macs(row.macs), f"{row.accuracy:.2%}")
         cells = [value + change for value, change in zip(values, changes, strict=True)]
         if timed:
             stats = row.latency
@@ -109,6 +110,11 @@ def stage_table(
             cells.append(f"{row.speedup:.2f}x" if row.speedup is not None else "")
         table.add_row(row.name, *cells)
     return table
+
+
+def format_macs(macs: float) -> str:
+    """Multiply-accumulates for people: ``"11.43 M"``, ``"4.09 G"``."""
+    return f"{macs / 1e9:,.2f} G" if macs >= 1e9 else f"{macs / 1e6:,.2f} M"
 
 
 def layer_widths(model: nn.Module) -> dict[str, int]:
@@ -149,6 +155,8 @@ class RunData:
     blocks: tuple[dict[str, float], dict[str, float]] = ({}, {})
     latency: tuple[LatencyStats, LatencyStats, float] | None = None  # before, after, speed-up
     seconds: float = 0.0
+    tested: tuple[StageSummary, StageSummary] | None = None  # before and after, on data that no decision read
+    metric: str = ""  # "accuracy", or the function that stood for it; empty if not known
 
     @property
     def baseline(self) -> StepRecord | None:
@@ -177,7 +185,9 @@ def read_run(directory: str | PathLike[str]) -> RunData:
     if finished:
         result = _read_json(file)
         described = {key: result.get(key) or description.get(key) or {} for key in ("settings", "versions")}
-        return _understood(file, lambda: _from_result(source, result, described))
+        run = _understood(file, lambda: _from_result(source, result, described))
+        table = source / TABLE
+        return _understood(table, lambda: _with_table(run, _read_json(table))) if table.exists() else run
     events = rundir.read_events(source)
     return _understood(source / rundir.JOURNAL, lambda: _from_events(source, description, events))
 
@@ -233,6 +243,20 @@ def _from_result(source: Path, result: dict[str, Any], described: dict[str, Any]
         latency=latency,
         seconds=float(result["seconds"]),
     )
+
+
+def _with_table(run: RunData, table: dict[str, Any]) -> RunData:
+    """The run with what ``idap prune`` measured at its end, and its latency rather than that of the run."""
+    before, after = map(_summary, table["rows"])
+    latency = run.latency
+    if before.latency is not None and after.latency is not None and after.speedup is not None:
+        latency = (before.latency, after.latency, float(after.speedup))
+    return replace(run, tested=(before, after), metric=str(table["metric"]), latency=latency)
+
+
+def _summary(row: dict[str, Any]) -> StageSummary:
+    latency = LatencyStats(**row["latency"]) if row["latency"] else None
+    return StageSummary(**{**row, "accuracy": float(row["accuracy"]), "latency": latency})
 
 
 def _from_events(source: Path, description: dict[str, Any], events: list[dict[str, Any]]) -> RunData:
@@ -496,11 +520,27 @@ def _tiles(run: RunData) -> _Html:
     tiles = [
         ("MACs", _relative(now.macs, base.macs)),
         ("Parameters", _relative(now.params, base.params)),
-        ("Metric", _signed(now.metric - base.metric, ".4g")),
+        _metric_tile(run, base, now),
     ]
     if run.latency is not None:
         tiles.append(("Speed", f"{run.latency[2]:.2f}\N{MULTIPLICATION SIGN}"))
     return _tag("div", *(_tag("div", _tag("b", value), name) for name, value in tiles), class_="tiles")
+
+
+def _metric_tile(run: RunData, base: StepRecord, now: StepRecord) -> tuple[str, str]:
+    if run.tested is None:
+        return "Metric", _signed(now.metric - base.metric, ".4g")
+    before, after = (row.accuracy for row in run.tested)
+    if run.metric == "accuracy":
+        return "Test accuracy, points", _signed(100 * (after - before), ".2f")
+    return "Metric, test", _signed(after - before, ".4g")
+
+
+def _metric_row(run: RunData, name: str, before: float, after: float) -> Sequence[object]:
+    if run.metric == "accuracy":
+        change = _signed(100 * (after - before), ".2f")
+        return (f"{name} accuracy", f"{before:.2%}", f"{after:.2%}", change and f"{change} points")
+    return (f"{name}, {run.metric}", f"{before:.6g}", f"{after:.6g}", _signed(after - before, ".4g"))
 
 
 def _headline(run: RunData) -> _Html:
@@ -510,10 +550,15 @@ def _headline(run: RunData) -> _Html:
     rows: list[Sequence[object]] = [
         ("MACs", _count(base.macs), _count(now.macs), _relative(now.macs, base.macs)),
         ("Parameters", _count(base.params), _count(now.params), _relative(now.params, base.params)),
-        ("Metric", f"{base.metric:.4f}", f"{now.metric:.4f}", _signed(now.metric - base.metric, ".4f")),
-        ("Drift", "0", f"{now.drift:.3g}", ""),
     ]
     note = ""
+    if run.tested is None:
+        change = _signed(now.metric - base.metric, ".4f")
+        rows.append(("Metric", f"{base.metric:.4f}", f"{now.metric:.4f}", change))
+    else:
+        rows.append(_metric_row(run, "Test", *(row.accuracy for row in run.tested)))
+        rows.append(_metric_row(run, "Validation", base.metric, now.metric))
+    rows.append(("Drift", "0", f"{now.drift:.3g}", ""))
     if run.latency is not None:
         before, after, speedup = run.latency
         rows.append(
@@ -537,6 +582,8 @@ def _headline(run: RunData) -> _Html:
                 _relative(now.latency, base.latency),
             )
         )
+    if run.tested is not None:
+        note = f"Test: on data that no decision read; validation data decided. {note}"
     drift = "Drift: squared distance of the outputs from the original's, over their squared size."
     table = _table(("", "Before", "After", "Change"), rows, numbers=(1, 2, 3))
     return _tag("section", table, _tag("p", f"{drift} {note}".strip(), class_="note"))
@@ -622,17 +669,22 @@ def _left_alone(run: RunData) -> _Html:
         return _Html()
     reasons: dict[str, list[int]] = {}
     for item in skipped:
-        reasons.setdefault(item.reason, []).append(item.size)
+        reasons.setdefault(item.reason, []).append(0 if _is_block(run, item) else item.size)
     summary = _table(
-        ("Reason", "Groups", "Channels"),
-        [(reason, len(sizes), f"{sum(sizes):,}") for reason, sizes in reasons.items()],
+        ("Reason", "Number", "Channels"),
+        [(reason, len(sizes), f"{sum(sizes):,}" if any(sizes) else "") for reason, sizes in reasons.items()],
         numbers=(1, 2),
     )
-    rows = [(item.root, item.size, item.reason) for item in skipped]
+    rows = [(item.root, "" if _is_block(run, item) else item.size, item.reason) for item in skipped]
     each = _table(("Group or block", "Channels", "Reason"), rows, numbers=(1,))
     return _section(
         "Left alone", summary, _tag("details", _tag("summary", f"All {len(rows)}, by name"), each)
     )
+
+
+def _is_block(run: RunData, item: Skipped) -> bool:
+    # Plans give blocks the size 1; groups are named by a layer.
+    return item.size == 1 and item.root not in run.widths[0]
 
 
 def _layers(run: RunData) -> _Html:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,20 @@ from torch import nn
 from .. import artifact, rundir
 from ..complexity import count_macs, count_params
 from ..criteria import flow_divergence, layer_divergence
+from ..data import batches as make_batches
+from ..data import inputs_of
 from ..errors import ArtifactError, InvalidInputError
 from ..latency import compare_latency, torch_threads
 from ..models import ModelFactory
 from ..profile import ActivationProfile, profile
-from ..report import StageSummary
-from .prune import TABLE
+from ..report import TABLE, StageSummary
 from .subject import (
     add_data_options,
     add_model_options,
     calibration_inputs,
+    check_fit,
     check_numbers,
+    first_sample,
     input_shape,
     open_data,
     open_model,
@@ -48,7 +52,9 @@ def add_parsers(commands: Any) -> None:
     add_data_options(shown, required=False, batches=10)
     shown.add_argument("--random", action="store_true", help="noise instead of data, for a first look")
     shown.add_argument("--input", type=parse_shape, metavar="SHAPE", help="of the noise: 16,3,224,224")
-    shown.add_argument("--backend", default="auto", metavar="NAME", help="of the kernels; see idap doctor")
+    shown.add_argument(
+        "--backend", default="auto", metavar="NAME", help="of the kernels; see idap doctor (default: auto)"
+    )
     shown.add_argument("--json", type=path_of, metavar="FILE", help="write all of it there")
     shown.set_defaults(run=run_profile)
 
@@ -63,8 +69,10 @@ def add_parsers(commands: Any) -> None:
         "directory", nargs="?", type=path_of, metavar="DIR", help="of idap prune, or of idap.save"
     )
     timed.add_argument("--input", type=parse_shape, metavar="SHAPE", help="shape of the input: 1,3,224,224")
-    timed.add_argument("--runs", type=int, default=100, metavar="N", help="timed passes of each model (100)")
-    timed.add_argument("--warmup", type=int, default=10, metavar="N", help="passes before them (10)")
+    timed.add_argument(
+        "--runs", type=int, default=100, metavar="N", help="timed passes of each model (default: 100)"
+    )
+    timed.add_argument("--warmup", type=int, default=10, metavar="N", help="passes before them (default: 10)")
     timed.add_argument("--json", action="store_true", help="print JSON")
     timed.set_defaults(run=run_latency)
 
@@ -87,6 +95,8 @@ def run_profile(args: argparse.Namespace) -> int:
             batches: Any = [random_input(shape, subject.device, i) for i in range(args.calibration_batches)]
         else:
             subject, data = open_data(args, augment=False)
+            sample = inputs_of(next(iter(make_batches(data.calibration, 1))))
+            check_fit(args.model, subject.model, data.name, first_sample(sample, subject.model))
             batches = calibration_inputs(args, data)
         stats = profile(subject.model, batches, backend=args.backend)
     found = describe_profile(subject.model, stats)
@@ -134,7 +144,9 @@ def run_latency(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     check_numbers(args, {"runs": 1, "warmup": 0, "threads": 1})
-    directory, known = (None, {}) if args.directory is None else _pruned(args.directory)
+    directory, known, recorded = (None, {}, None) if args.directory is None else _pruned(args.directory)
+    given = args.input is not None or args.image_size is not None
+    shape = args.input if given else recorded
     for name in ("num_classes", "image_size"):
         if getattr(args, name) is None:
             setattr(args, name, known.get(name))
@@ -143,7 +155,13 @@ def run_latency(args: argparse.Namespace) -> int:
     models = {"original": subject.model}
     if directory is not None:
         models["pruned"] = artifact.load(directory, subject.factory, device=subject.device)
-    example = random_input(input_shape(subject, args.input), subject.device)
+    example = random_input(input_shape(subject, shape), subject.device)
+    if directory is not None and not given and recorded is None:
+        print(
+            f"Note: {args.directory} does not say what the inputs of its run were; timed on {tuple(example.shape)}, "
+            "--input gives another shape.",
+            file=sys.stderr,
+        )
     try:
         comparison = compare_latency(
             models, example, warmup=args.warmup, runs=args.runs, threads=args.threads
@@ -176,20 +194,23 @@ def run_latency(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
     else:
         stats = comparison.stats["original"]
-        caption = f"{stats.device}, {stats.dtype}, {stats.threads} threads, {stats.runs} rounds"
+        threads = f"{stats.threads} thread{'s' * (stats.threads != 1)}"
+        caption = f"{stats.device}, {stats.dtype}, {threads}, {stats.runs} rounds"
         title = f"{args.model}, input {tuple(example.shape)}"
         Console(highlight=False).print(models_table(rows, title=title, caption=caption))
     return 0
 
 
-def _pruned(directory: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Where the saved model is, and what a run says about the factory of the original."""
+def _pruned(directory: Path) -> tuple[Path, Mapping[str, Any], tuple[int, ...] | None]:
+    """Where the saved model is, and what a run says about the factory of the original and about its input."""
     inner = directory / rundir.MODEL
     if (directory / rundir.RUN).exists() and not inner.exists():
         raise ArtifactError(f"{directory} holds a run that is not over; idap prune --resume goes on with it")
     try:
-        factory = json.loads((directory / TABLE).read_text(encoding="utf-8"))["factory"]
+        table = json.loads((directory / TABLE).read_text(encoding="utf-8"))
+        factory = table["factory"]
         known = {key: factory[key] for key in vars(ModelFactory("")) if key in factory}
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
-    return (inner if inner.exists() else directory), known
+        shape = tuple(int(size) for size in table.get("input") or ()) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known, shape = {}, None
+    return (inner if inner.exists() else directory), known, shape

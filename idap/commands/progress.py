@@ -129,7 +129,8 @@ class StepDisplay:
         for record in records:
             self._line(record)
         if records:
-            self.say(f"going on after {len(records) - 1} steps")
+            steps = len(records) - 1
+            self.say(f"going on after {steps} step{'s' * (steps != 1)}")
 
     def step(self, record: StepRecord) -> None:
         """A step has been decided."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import criteria, distributed, rundir
@@ -23,10 +23,9 @@ from ..complexity import count_macs, count_params
 from ..compress import STAGES, TARGETS, CompressionResult, Criterion, StepRecord, compress
 from ..data import DataSplits, accuracy, batches, inputs_of
 from ..errors import ArtifactError, InvalidInputError
-from ..inputs import map_tensors, to_model
 from ..latency import compare_latency, torch_threads
-from ..models import ModelFactory, import_object
-from ..report import StageSummary, stage_table
+from ..models import ModelFactory, UserCodeError, a_kind, import_object, users_code
+from ..report import TABLE, StageSummary, stage_table
 from ..training import finetune
 from .progress import Estimate, StepDisplay
 from .subject import (
@@ -34,7 +33,9 @@ from .subject import (
     add_data_options,
     add_model_options,
     calibration_inputs,
+    check_fit,
     check_numbers,
+    first_sample,
     open_data,
     path_of,
 )
@@ -43,7 +44,7 @@ from .tables import models_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-SETTINGS, TABLE = "settings.json", "table.json"
+SETTINGS = "settings.json"
 EXPORTS = {"onnx": "model.onnx", "pt2": "model.pt2"}
 INTERRUPTED = 130
 _DEFAULTS = {name: p.default for name, p in inspect.signature(compress).parameters.items()}
@@ -98,7 +99,7 @@ def add_parser(commands: Any) -> None:
     def option(group: Any, name: str, kind: type, metavar: str, text: str) -> None:
         default = _DEFAULTS[name.replace("-", "_")]
         group.add_argument(
-            f"--{name}", type=kind, default=default, metavar=metavar, help=f"{text} ({default})"
+            f"--{name}", type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})"
         )
 
     def switch(group: Any, name: str, text: str) -> None:
@@ -112,29 +113,34 @@ def add_parser(commands: Any) -> None:
         type=_stages,
         default=STAGES,
         metavar="A,B",
-        help="filters,layers (the default), layers,filters, filters or layers",
+        help="filters,layers, layers,filters, filters or layers (default: filters,layers)",
     )
     option(how, "steps", int, "N", "most steps of the filter stage")
     option(how, "initial-ratio", float, "X", "share of the filters that the first step removes")
     option(how, "alpha", float, "X", "how fast that share grows")
     how.add_argument(
-        "--scope", choices=("global", "local"), default=_DEFAULTS["scope"], help="one ranking, or one a layer"
+        "--scope",
+        choices=("global", "local"),
+        default=_DEFAULTS["scope"],
+        help="one ranking, or one a layer (default: global)",
     )
     how.add_argument(
         "--normalize",
         choices=("mean", "none"),
         default="mean",
-        help="mean: the scores of a group count as shares of their mean; none: as they are (mean)",
+        help="mean: the scores of a group count as shares of their mean; none: as they are (default: mean)",
     )
     how.add_argument(
         "--reduction",
         choices=("mean", "sum", "max"),
         default=_DEFAULTS["reduction"],
-        help="how the scores of coupled layers are joined (mean)",
+        help="how the scores of coupled layers are joined (default: mean)",
     )
     option(how, "round-to", int, "N", "widths left are multiples of it")
     option(how, "min-width", int, "N", "channels that every layer keeps at least")
-    how.add_argument("--max-blocks", type=int, metavar="N", help="most blocks that may go")
+    how.add_argument(
+        "--max-blocks", type=int, metavar="N", help="most blocks that may go (default: no limit)"
+    )
     how.add_argument(
         "--ignore",
         nargs="+",
@@ -146,7 +152,7 @@ def add_parser(commands: Any) -> None:
         "--criterion",
         default="flow_divergence",
         metavar="NAME",
-        help=f"one of {', '.join(criterion_names())}",
+        help=f"one of {', '.join(criterion_names())} (default: flow_divergence)",
     )
     switch(how, "compensate", "do not move the mean of what is removed into the next bias")
     switch(how, "recalibrate", "do not estimate batch-norm statistics anew after surgery")
@@ -155,12 +161,12 @@ def add_parser(commands: Any) -> None:
 
     training = parser.add_argument_group("evaluation and fine-tuning")
     training.add_argument(
-        "--epochs", type=int, default=1, metavar="N", help="after every step, 0 for none (1)"
+        "--epochs", type=int, default=1, metavar="N", help="after every step, 0 for none (default: 1)"
     )
     training.add_argument(
-        "--final-epochs", type=int, default=10, metavar="N", help="at the end, 0 for none (10)"
+        "--final-epochs", type=int, default=10, metavar="N", help="at the end, 0 for none (default: 10)"
     )
-    training.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate (0.01)")
+    training.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate (default: 0.01)")
     training.add_argument(
         "--distill",
         action=argparse.BooleanOptionalAction,
@@ -170,7 +176,9 @@ def add_parser(commands: Any) -> None:
     training.add_argument(
         "--no-augment", dest="augment", action="store_false", help="train on the images as they are"
     )
-    training.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="of the fine-tuning (no)")
+    training.add_argument(
+        "--mixed-precision", choices=("no", "fp16", "bf16"), help="of the fine-tuning (default: no)"
+    )
     training.add_argument(
         "--evaluate",
         metavar="FUNCTION",
@@ -182,12 +190,16 @@ def add_parser(commands: Any) -> None:
         help="package.module:function of (model) or (model, batches) that trains in place, instead of ours",
     )
     training.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of new weights and of training (0)"
+        "--seed", type=int, default=0, metavar="N", help="of new weights and of training (default: 0)"
     )
 
     show = parser.add_argument_group("output")
     show.add_argument(
-        "--latency-runs", type=int, default=100, metavar="N", help="rounds of the latency measurement"
+        "--latency-runs",
+        type=int,
+        default=100,
+        metavar="N",
+        help="rounds of the latency measurement (default: 100)",
     )
     show.add_argument("--quiet", action="store_true", help="no progress, only the table and what follows")
     show.add_argument("--json", action="store_true", help="print the result as JSON, and all else to stderr")
@@ -217,6 +229,10 @@ def run(args: argparse.Namespace) -> int:
             outcome = _Pruning(args, console).go()
             if leads:
                 _finish(args, console, outcome)
+    except UserCodeError as error:
+        if not rundir.has_steps(args.output):
+            raise
+        raise UserCodeError(f"{error}; to go on with the run: {_resuming(args)}", error.frames) from error
     except KeyboardInterrupt:
         if leads:
             print(_how_to_go_on(args), file=sys.stderr)
@@ -228,6 +244,7 @@ def run(args: argparse.Namespace) -> int:
 class _Outcome:
     subject: Subject
     data: DataSplits
+    example: Any
     result: CompressionResult
     rows: list[StageSummary]
     format_metric: Callable[[float], str]
@@ -238,7 +255,10 @@ class _Pruning:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args = args
-        _compare_settings(args)
+        begun = rundir.has_steps(args.output)
+        if begun:
+            _compare_settings(args)
+        self.fresh = not (begun and args.resume)
         self.target = {
             name: value for name in TARGETS if (value := getattr(args, f"target_{name}")) is not None
         }
@@ -263,8 +283,9 @@ class _Pruning:
             display.say(f"Note: {note}")
         loaders = {name: self._loader(getattr(data, name), subject) for name in ("validation", "test")}
         self.training = self._loader(data.train, subject, shuffle=True)
-        first = inputs_of(next(iter(loaders["validation"])))
-        example = to_model(map_tensors(first, lambda t: t[:1] if t.dim() else t), subject.model)
+        example = first_sample(inputs_of(next(iter(loaders["validation"]))), subject.model)
+        check_fit(args.model, subject.model, data.name, example)
+        self._check_targets(subject.model, example)
         calibration = calibration_inputs(args, data)
         with display:
             # Now rather than at the end, so that data that cannot be read costs no run.
@@ -274,7 +295,7 @@ class _Pruning:
             result = compress(
                 subject.model,
                 calibration,
-                evaluate=lambda model: self._measure(model, loaders["validation"]),
+                evaluate=lambda model: self._validate(model, loaders["validation"]),
                 finetune=(lambda model: self._finetune(model, subject, args.epochs)) if trains else None,
                 final_finetune=(lambda model: self._finetune(model, subject, args.final_epochs))
                 if self.train is not None or args.final_epochs
@@ -312,7 +333,7 @@ class _Pruning:
                     {"original": (subject.model, before), "pruned": (result.model, after)},
                     example,
                 )
-        return _Outcome(subject, data, result, rows, self.format_metric)
+        return _Outcome(subject, data, example, result, rows, self.format_metric)
 
     def _loader(self, dataset: Any, subject: Subject, shuffle: bool = False) -> DataLoader[Any]:
         args = self.args
@@ -325,6 +346,42 @@ class _Pruning:
         model.eval()
         value: float = self.evaluate(model, loader)
         return value
+
+    def _validate(self, model: nn.Module, loader: DataLoader[Any]) -> float:
+        metric = self._measure(model, loader)
+        if self.fresh:
+            # The original is the first that compress asks for, once the directory is there.
+            self.fresh = False
+            if self.evaluate is None and metric == 0:
+                raise InvalidInputError(
+                    "the model classifies no validation sample rightly, so it has no accuracy to lose; train it "
+                    "first, or give its weights with --weights"
+                )
+            _write_json(self.args.output / SETTINGS, _settings(self.args))
+        return metric
+
+    def _check_targets(self, model: nn.Module, example: Any) -> None:
+        """Refuse targets that the original meets."""
+        full: dict[str, int | None] = {
+            "macs": count_macs(model, example),
+            "params": count_params(model),
+            "latency": None,
+        }
+        units = {
+            "macs": "number of MACs",
+            "params": "number of parameters",
+            "latency": "time in milliseconds",
+        }
+        for name, goal in self.target.items():
+            size = full[name]
+            if goal == 1 or (size is not None and goal >= size):
+                text = f"{goal:g}".replace("e+", "e")
+                text = text if float(text) == goal else f"{goal:,.10g}"
+                own = "own" if size is None else f"{size:,}"
+                raise InvalidInputError(
+                    f"target-{name} {text} is not below the model's {own}; up to 1 is a fraction, above 1 a "
+                    f"{units[name]}"
+                )
 
     def _finetune(self, model: nn.Module, subject: Subject, epochs: int) -> Any:
         args = self.args
@@ -356,6 +413,8 @@ class _Pruning:
 
     def _show_past(self) -> None:
         if not self.args.resume or not (self.args.output / rundir.JOURNAL).exists():
+            return
+        if self.fresh:
             return
         events = rundir.read_events(self.args.output)
         self.display.past(
@@ -406,6 +465,7 @@ def _finish(args: argparse.Namespace, console: Console, outcome: _Outcome) -> No
             "data": outcome.data.name,
             "metric": args.evaluate or "accuracy",
             "factory": vars(subject.factory),
+            "input": _shape(outcome.example),
             "rows": [row.to_dict() for row in outcome.rows],
         },
     )
@@ -416,7 +476,8 @@ def _finish(args: argparse.Namespace, console: Console, outcome: _Outcome) -> No
         console.print(text, soft_wrap=True, markup=False)
 
     _say_how_it_ended(say, args, outcome)
-    written = [f"{rundir.MODEL}/", rundir.RESULT, rundir.JOURNAL, SETTINGS, TABLE]
+    written = [f"{rundir.MODEL}/", rundir.RESULT, rundir.RUN, rundir.JOURNAL, SETTINGS, TABLE]
+    written += ["tensorboard/"] if (args.output / "tensorboard").is_dir() else []
     say(f"Written to {args.output}: {', '.join(written)}")
     say(f"A page with figures and pictures: idap report {shlex.quote(str(args.output))}")
     say("To load the pruned model:\n")
@@ -441,6 +502,11 @@ def _finish(args: argparse.Namespace, console: Console, outcome: _Outcome) -> No
         )
 
 
+def _shape(example: Any) -> list[int] | None:
+    """The shape of one image or the like, with the batch; noise can stand in for nothing else."""
+    return list(example.shape) if isinstance(example, Tensor) and example.is_floating_point() else None
+
+
 def _table(args: argparse.Namespace, outcome: _Outcome) -> Any:
     stats = outcome.rows[0].latency
     assert stats is not None
@@ -448,7 +514,7 @@ def _table(args: argparse.Namespace, outcome: _Outcome) -> Any:
     samples = len(outcome.data.test)  # type: ignore[arg-type]
     caption = (
         f"{samples:,} test samples, read by no decision. Latency: batch 1, {stats.device}, {stats.threads} "
-        f"threads, median and p10-p90 of {stats.runs} rounds with the models in turns."
+        f"thread{'s' * (stats.threads != 1)}, median and p10-p90 of {stats.runs} rounds with the models in turns."
     )
     if args.evaluate:
         return models_table(outcome.rows, title=title, caption=caption, format_metric=outcome.format_metric)
@@ -514,6 +580,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, f"target_{name}")
         if value is not None and not (0 < value < float("inf")):
             raise InvalidInputError(f"target-{name} must be above 0, got {value:g}")
+    if args.evaluate is None and args.budget >= 1:
+        raise InvalidInputError(
+            f"budget must be below 1, as accuracies lie between 0 and 1 (0.02: two points), got {args.budget:g}"
+        )
     if args.criterion not in criterion_names():
         near = difflib.get_close_matches(args.criterion, criterion_names(), n=2)
         raise InvalidInputError(
@@ -546,11 +616,16 @@ def _function(spec: str | None, what: str) -> Callable[[nn.Module, Any], Any] | 
         return None
     function = import_object(spec, what)
     if not callable(function):
-        raise InvalidInputError(f"{what}: {spec} is a {type(function).__name__}, wanted a function")
+        raise InvalidInputError(f"{what}: {spec} is {a_kind(function)}, wanted a function")
+
+    def run(*arguments: Any) -> Any:
+        with users_code(f"--{what} {spec}"):
+            return function(*arguments)
+
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # built in
-        return lambda model, loader: function(model)
+        return lambda model, loader: run(model)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in positional if p.default is p.empty]
     strange = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
@@ -559,8 +634,8 @@ def _function(spec: str | None, what: str) -> Callable[[nn.Module, Any], Any] | 
             f"{what}: {spec}{inspect.signature(function)} must take (model) or (model, batches)"
         )
     if len(needed) == 2:
-        return lambda model, loader: function(model, loader)
-    return lambda model, loader: function(model)
+        return run
+    return lambda model, loader: run(model)
 
 
 def _join_processes(args: argparse.Namespace) -> None:
@@ -601,8 +676,11 @@ def _compare_settings(args: argparse.Namespace) -> None:
 def _how_to_go_on(args: argparse.Namespace) -> str:
     if not (args.output / rundir.RUN).exists():
         return "\ninterrupted: nothing was written"
-    command = shlex.join(["idap", *args.argv, *([] if args.resume else ["--resume"])])
-    return f"\ninterrupted: {args.output} holds every step so far; to go on: {command}"
+    return f"\ninterrupted: {args.output} holds every step so far; to go on: {_resuming(args)}"
+
+
+def _resuming(args: argparse.Namespace) -> str:
+    return shlex.join(["idap", *args.argv, *([] if args.resume else ["--resume"])])
 
 
 def _write_json(path: Path, content: Any) -> None:

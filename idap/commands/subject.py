@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import CalibrationInputs, DataSplits, Preprocessing, load_data
 from ..errors import InvalidInputError
+from ..inputs import call, first_tensor, map_tensors, to_model
 from ..models import ModelFactory, resolve
 
 
@@ -49,7 +50,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) 
     parser.add_argument(
         "--image-size", type=int, metavar="N", help="height and width of the images (default: the model's)"
     )
-    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
 
 
@@ -64,16 +67,27 @@ def add_data_options(parser: argparse.ArgumentParser, *, required: bool, batches
         "test)",
     )
     parser.add_argument("--download", action="store_true", help="get the data if they are not at PATH")
-    parser.add_argument("--mean", type=_numbers, metavar="X,X,X", help="of the normalisation (ImageNet's)")
-    parser.add_argument("--std", type=_numbers, metavar="X,X,X", help="likewise")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a batch (64)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (0)")
+    parser.add_argument(
+        "--mean",
+        type=_numbers,
+        metavar="X,X,X",
+        help="of the normalisation (default: the model's, or ImageNet's)",
+    )
+    parser.add_argument(
+        "--std", type=_numbers, metavar="X,X,X", help="likewise (default: the model's, or ImageNet's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="images a batch (default: 64)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)"
+    )
     parser.add_argument(
         "--calibration-batches",
         type=int,
         default=batches,
         metavar="N",
-        help=f"batches of the training part that the profile reads ({batches})",
+        help=f"batches of the training part that the profile reads (default: {batches})",
     )
 
 
@@ -119,6 +133,40 @@ def calibration_inputs(args: argparse.Namespace, data: DataSplits, seed: int = 0
     return CalibrationInputs(
         data.calibration, args.calibration_batches, args.batch_size, workers=args.workers, seed=seed
     )
+
+
+def check_fit(name: str, model: nn.Module, data: str, example: Any) -> None:
+    """Run the model on one sample, before anything else costs time.
+
+    Raises:
+        InvalidInputError: it cannot, with its own words for the reason.
+    """
+    try:
+        with torch.no_grad():
+            call(model, example)
+    except Exception as error:
+        tensor = first_tensor(example)
+        shape = (
+            "x".join(map(str, tensor.shape[1:])).replace("x", "\N{MULTIPLICATION SIGN}")
+            if tensor is not None
+            else ""
+        )
+        reason = str(error) or type(error).__name__
+        if isinstance(error, NotImplementedError):
+            advice = "give a model that has a forward function"
+        elif tensor is not None and tensor.dim() == 4 and tensor.shape[1] != _channels(model):
+            advice = "give data or a model with the same channels"
+        else:
+            advice = "give data that the model takes, or another model"
+        raise InvalidInputError(
+            f"{name} cannot run on the samples of {data.removesuffix(':')}{f' ({shape})' if shape else ''}: "
+            f"{reason}; {advice}"
+        ) from error
+
+
+def first_sample(batch: Any, model: nn.Module) -> Any:
+    """The first sample of a batch of inputs, as a batch of one on the device of the model."""
+    return to_model(map_tensors(batch, lambda t: t[:1] if t.dim() else t), model)
 
 
 def input_shape(subject: Subject, shape: tuple[int, ...] | None, batch: int = 1) -> tuple[int, ...]:

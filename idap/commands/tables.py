@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..report import StageSummary
+from ..report import StageSummary, format_macs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +33,7 @@ def models_table(
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         stats = row.latency
-        cells = [f"{row.params:,}", f"{row.macs / 1e6:,.2f} M"]
+        cells = [f"{row.params:,}", format_macs(row.macs)]
         cells += [format_metric(row.accuracy)] if format_metric else []
         cells += [f"{stats.median:.2f} ms", f"{stats.p10:.2f}-{stats.p90:.2f}"] if stats else ["", ""]
         cells += [f"{row.speedup:.2f}x" if row.speedup is not None else ""] if len(rows) > 1 else []

@@ -11,7 +11,10 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidInputError
+from ..errors import IdapError, InvalidInputError
 
 LIBRARIES = ("torchvision", "timm")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints keep the weights
@@ -68,11 +71,10 @@ class ModelFactory:
                 f"call, such as def build(): return {type(factory).__name__}(...)"
             )
         _check_call(self.name, factory, options)
-        model = factory(**options)
+        with users_code(self.name):
+            model = factory(**options)
         if not isinstance(model, nn.Module):
-            raise InvalidInputError(
-                f"{self.name}() returned a {type(model).__name__}, wanted a torch.nn.Module"
-            )
+            raise InvalidInputError(f"{self.name}() returned {a_kind(model)}, wanted a torch.nn.Module")
         return model
 
     @property
@@ -272,7 +274,8 @@ def import_object(spec: str, what: str) -> Any:
         # As python -m does; entry points start without the current directory.
         sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        with users_code(f"{what}: importing {module_name}"):
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise InvalidInputError(
             f"{what}: {spec!r} cannot be imported ({error}); modules are looked for in the current directory "
@@ -288,6 +291,48 @@ def import_object(spec: str, what: str) -> Any:
                 + _suggest(part, [name for name in vars(value) if not name.startswith("_")])
             ) from None
     return value
+
+
+class UserCodeError(IdapError):
+    """A function or a module of the user's raised; ``frames`` is the user's part of the traceback."""
+
+    def __init__(self, message: str, frames: str = "") -> None:
+        super().__init__(message)
+        self.frames = frames
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Run code of the user's, and say of an exception what raised it and where.
+
+    Errors of ours, and modules that are not there, pass as they are.
+
+    Raises:
+        UserCodeError: for any other exception.
+    """
+    try:
+        yield
+    except (IdapError, ImportError):
+        raise
+    except Exception as error:
+        foreign = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+        foreign.append(Path(__file__).resolve().parents[1])
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if not frame.filename.startswith("<")
+            and not any(Path(frame.filename).is_relative_to(place) for place in foreign)
+        ]
+        where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+        raise UserCodeError(
+            f"{what} raised {type(error).__name__}: {error}{where}", "".join(traceback.format_list(frames))
+        ) from error
+
+
+def a_kind(value: Any) -> str:
+    """The type of a value with its article: ``"an int"``, ``"a Tensor"``."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str], *, ignore: tuple[str, ...] = ()) -> None:
@@ -337,7 +382,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, ignore: tupl
         or not all(isinstance(t, Tensor) for t in content.values())
     ):
         raise InvalidInputError(
-            f"{file} holds a {type(content).__name__} that is no state dictionary (names and tensors); save "
+            f"{file} holds {a_kind(content)} that is no state dictionary (names and tensors); save "
             "model.state_dict()"
         )
     state = {str(key): value for key, value in content.items()}
@@ -387,9 +432,7 @@ def _fit(
 
 def _check_call(name: str, factory: Any, options: Mapping[str, Any]) -> None:
     if not callable(factory):
-        raise InvalidInputError(
-            f"{name} is a {type(factory).__name__}, wanted a function that returns the model"
-        )
+        raise InvalidInputError(f"{name} is {a_kind(factory)}, wanted a function that returns the model")
     try:
         signature = inspect.signature(factory)
     except (TypeError, ValueError):
@@ -449,7 +492,10 @@ def _unknown(name: str) -> InvalidInputError:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name.lower(), sorted(set(known)), n=5, cutoff=0.5)
+    names, wanted = sorted(set(known)), name.lower()
+    beginning = [each for each in names if wanted and each.lower().startswith(wanted)]
+    alike = difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
+    nearest = list(dict.fromkeys([*beginning, *alike]))[:5]
     return f"; the nearest: {', '.join(nearest)}" if nearest else ""
 
 

@@ -137,6 +137,15 @@ def test_a_real_ctrl_c_in_the_middle_of_the_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_while_commands_are_imported(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupt)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted: nothing was written"
+
+
 def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch):
     def broken(args):
         raise ZeroDivisionError

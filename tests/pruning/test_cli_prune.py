@@ -1,6 +1,7 @@
 """``idap prune``, ``profile``, ``latency``, ``report``: real runs in small, and what goes wrong."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -69,6 +70,25 @@ def train(model, batches):
 
 def three(model, batches, more):
     pass
+
+def nothing_to_say(model):
+    return float("nan")
+
+def raises_late(model, batches):
+    calls.append("late")
+    if len(calls) > 3:
+        raise RuntimeError("late boom")
+    return 5.0
+
+class NoForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1)
+
+def broken_data():
+    raise ValueError("no data today")
+
+number = 3
 """
 
 
@@ -162,10 +182,25 @@ def test_a_whole_run_and_what_it_says(tmp_path, capsys):
     assert timed["pruned"]["params"] == after["params"]
     assert timed["pruned"]["median"] > 0
 
+    assert "run.json" in said.split("Written to")[1]
+    assert cli.main(["latency", DIGITS, str(output), "--runs", "1"]) == 0
+    assert "(1, 1, 8, 8)" in capsys.readouterr().out
+    del table["input"]
+    (output / "table.json").write_text(json.dumps(table))
+    # Of an older run nothing is known, and the input falls back to the model's usual one.
+    assert cli.main(["latency", DIGITS, str(output), "--runs", "1", "--image-size", "16"]) == 0
+    assert "Note" not in capsys.readouterr().err
+    assert cli.main(["latency", DIGITS, str(output), "--runs", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "(1, 1, 224, 224)" in captured.err
+
     assert cli.main(["report", str(output)]) == 0
     page = capsys.readouterr().out.strip()
     assert page.endswith(".html")
-    assert "<html" in Path(page).read_text(encoding="utf-8")
+    text = Path(page).read_text(encoding="utf-8")
+    assert "<html" in text
+    assert "Test accuracy" in text
+    assert f"{after['accuracy']:.2%}" in text
 
 
 def test_json_is_all_that_stdout_gets(tmp_path, capsys):
@@ -210,7 +245,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_model(own, capsys, monkeyp
     assert cli.main([*command[1:], "--lr", "0.02"]) == 2
     assert "lr=0.01" in capsys.readouterr().err
     assert cli.main([word for word in command[1:] if word != "--quiet"]) == 0
-    assert "going on after 1 steps" in capsys.readouterr().out
+    assert "going on after 1 step\n" in capsys.readouterr().out
     assert same(weights(output), weights(own / "whole"))
 
 
@@ -395,7 +430,9 @@ def test_blocks_alone_and_layers_that_stay(tmp_path):
         (["--weights", "default"], "default"),
         (["--std", "0,1,1"], "std"),
         (["--evaluate", "own_task:three"], "three"),
-        (["--evaluate", "own_task:nothing"], "nothing"),
+        (["--evaluate", "own_task:nothing_there"], "nothing_there"),
+        (["--evaluate", "own_task:number"], "is an int"),
+        (["--budget", "1"], "budget must be below 1"),
         (["--train", "no_such_module_anywhere:f"], "no_such_module_anywhere"),
     ],
 )
@@ -422,6 +459,71 @@ def test_unknown_models_and_data(model, data, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-macs", "2e12"], "target-macs 2e12 is not below the model's 11,431,552; up to 1"),
+        (["--target-params", "342106"], "target-params 342106 is not below the model's 342,106"),
+        (["--target-latency", "1"], "target-latency 1 is not below the model's own"),
+    ],
+)
+def test_targets_that_the_original_meets(arguments, message, tmp_path, capsys):
+    assert prune(tmp_path / "run", *FAST, "--quiet", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("own_task:fresh", r"cannot run on the samples of digits \(1×8×8\): .*model with the same channels"),
+        ("own_task:NoForward", "forward"),
+    ],
+)
+def test_data_that_do_not_fit_are_one_line(model, message, own, capsys):
+    assert prune(own / "run", *FAST, "--quiet", model=model) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert not (own / "run").exists()
+    assert cli.main(["profile", model, "--data", "digits:"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_refused_run_does_not_stand_in_the_way(own, capsys):
+    output = own / "run"
+    assert prune(output, *FAST, *SMALL, "--quiet", "--evaluate", "own_task:nothing_to_say") == 2
+    assert "nan" in capsys.readouterr().err
+    # Also by --resume, as nothing was done by the old settings.
+    assert prune(output, *FAST, *SMALL, "--quiet", "--lr", "0.02", "--resume") == 0
+    settings = json.loads((output / "settings.json").read_text())["settings"]
+    assert (settings["lr"], settings["evaluate"]) == (0.02, None)
+
+
+def test_a_model_without_accuracy(own, images, capsys, monkeypatch):
+    monkeypatch.setattr(prune_command, "accuracy", lambda model, loader: 0.0)
+    assert prune(own / "run", *FAST, "--quiet") == 2
+    assert "no accuracy to lose" in capsys.readouterr().err
+
+
+def test_errors_in_the_users_code_show_that_code_alone(own, capsys):
+    output = own / "run"
+    line = OWN.splitlines().index('        raise RuntimeError("late boom")') + 1
+    wanted = (
+        f"idap: --evaluate own_task:raises_late raised RuntimeError: late boom (own_task.py, line {line})"
+    )
+    options = ["--budget", "4", "--stages", "filters", "--steps", "3"]
+    assert prune(output, *FAST, *options, "--quiet", "--evaluate", "own_task:raises_late") == 2
+    *frames, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(wanted)
+    assert last.endswith("--resume")
+    assert "own_task.py" in frames[0]
+    assert not any("idap/" in frame for frame in frames)
+    assert prune(own / "other", *FAST, data="own_task:broken_data") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("idap: --data own_task:broken_data raised ValueError: no data today (own_task.py")
 
 
 def test_wrong_usage(tmp_path, capsys):

@@ -63,6 +63,17 @@ def test_accuracy_is_that_of_the_quickstart():
     assert model.training
 
 
+def test_an_empty_class_is_named(folder, tmp_path):
+    spec = folder("train", cats=3, dogs=3)
+    folder("test", cats=3, dogs=3)
+    (tmp_path / "train" / "owls").mkdir()
+    (tmp_path / "train" / "owls" / "notes.txt").write_text("words")
+    with pytest.raises(
+        InvalidInputError, match=r"train/owls holds no images; add some, or remove the folder$"
+    ):
+        load_data(spec, SMALL)
+
+
 def test_a_single_folder_is_split_the_same_way_every_time(folder):
     spec = folder(cats=40, dogs=20, owls=2)
     parts = load_data(spec, SMALL)

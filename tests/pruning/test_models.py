@@ -106,6 +106,16 @@ def test_unknown_names(name, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_names_that_begin_alike_come_first():
+    from idap.models.resolve import _suggest
+
+    names = ["bit_tiny", "vit_tiny_patch16_224", "vit_tiny_patch16_384", "vi_tiny"]
+    assert _suggest("vit_tiny", names).startswith(
+        "; the nearest: vit_tiny_patch16_224, vit_tiny_patch16_384, "
+    )
+    assert _suggest("", names) == ""
+
+
 def test_a_missing_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InvalidInputError, match="pip install timm"):

@@ -27,6 +27,7 @@ from idap.plan import BlockRemoval, BlockStep, ChannelRemoval, ChannelStep, Proj
 from idap.report import (
     StageSummary,
     TensorBoardLog,
+    format_macs,
     layer_widths,
     mean_divergence,
     plot_divergence,
@@ -426,6 +427,49 @@ def test_page_needs_nothing_else_and_runs_no_script(tmp_path):
     assert sum(tag == "rect" for tag, _ in page.tags) == 5 + (3 + 1) + 3
 
 
+def test_page_shows_what_the_command_measured(tmp_path):
+    directory = make_run(tmp_path / "run")
+    stats = LatencyStats(4.0, 3.0, 5.0, 7, "cpu", "float32", 1, "x")
+    rows = [
+        StageSummary("original", 1000, 2000, 0.97, stats, 1.0),
+        StageSummary("pruned", 600, 1000, 0.9625, dataclasses.replace(stats, median=2.0), 1.98),
+    ]
+    table = {"metric": "accuracy", "rows": [row.to_dict() for row in rows]}
+    (directory / "table.json").write_text(json.dumps(table))
+    page = Page(write_report(directory))
+    minus = "\N{MINUS SIGN}"
+    assert page.table("", "Before", "After", "Change")[2:] == [
+        ["Test accuracy", "97.00%", "96.25%", f"{minus}0.75 points"],
+        ["Validation accuracy", "99.00%", "98.50%", f"{minus}0.50 points"],
+        ["Drift", "0", "0.05", ""],
+        ["Latency", "4 ms (3–5)", "2 ms (3–5)", "1.98× as fast"],
+    ]
+    assert "no decision read" in page.text
+    (directory / "table.json").write_text(json.dumps({**table, "metric": "tasks:f1"}))
+    assert Page(write_report(directory)).table("", "Before")[2][:3] == ["Test, tasks:f1", "0.97", "0.9625"]
+    (directory / "table.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"table\.json: damaged"):
+        write_report(directory)
+
+
+def test_blocks_left_alone_have_no_channels(tmp_path):
+    def add_block(result):
+        result["plan"]["skipped"].append({"root": "b.9", "size": 1, "reason": "ignored on request"})
+        return result
+
+    page = Page(write_report(make_run(tmp_path / "run", change=add_block)))
+    assert page.table("Group or block")[-1] == ["b.9", "", "ignored on request"]
+    assert page.table("Reason", "Number")[-1] == ["ignored on request", "1", ""]
+
+
+def test_macs_are_in_millions_or_billions():
+    assert [format_macs(n) for n in (11_431_552, 999_000_000, 4_089_000_000)] == [
+        "11.43 M",
+        "999.00 M",
+        "4.09 G",
+    ]
+
+
 def test_page_of_a_run_that_is_not_over(tmp_path):
     page = Page(write_report(make_run(tmp_path, finished=False), tmp_path / "elsewhere" / "page.html"))
     assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == [
@@ -451,7 +495,7 @@ def test_page_of_a_run_that_is_not_over(tmp_path):
 
 def test_page_of_a_run_that_has_just_begun(tmp_path):
     make_run(tmp_path, finished=False)
-    (tmp_path / "journal.jsonl").unlink()
+    (tmp_path / "journal.jsonl").write_text("")
     page = Page(write_report(tmp_path))
     assert "The original has not been measured yet." in page.text
     assert not [tag for tag, _ in page.tags if tag == "image"]
