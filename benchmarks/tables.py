@@ -1,7 +1,7 @@
-"""The README's tables, made from the committed results.
+"""The tables of README.md and benchmarks/RESULTS.md, made from the committed results.
 
 python benchmarks/tables.py            prints them
-python benchmarks/tables.py --write    writes them into README.md, between their markers
+python benchmarks/tables.py --write    writes them into the documents, between their markers
 """
 
 from __future__ import annotations
@@ -66,6 +66,36 @@ def kernels(name: str) -> str:
 
 
 PEERS = (("eager", 1), ("compile", 2), ("released", 2))
+
+
+def kernels_summary(name: str) -> str:
+    result = load(name.replace("-summary", ""))
+    rows = {
+        "channel_stats": "`channel_stats`",
+        "pair_stats": "`pair_stats`",
+        "filter_norms": "`filter_norms`",
+    }
+    lines = [
+        f"{machine(result['environment'])}; geometric mean (worst case) of the speed-ups.",
+        "",
+        "| | cases | eager PyTorch | `torch.compile` | the released expression |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for op, label in rows.items():
+        cells = []
+        for peer, digits in PEERS:
+            found = result["summary"].get(f"{op}/{peer}")
+            text = f"{found['geomean']:.{digits}f}× ({found['worst']:.{digits}f}×)" if found else "–"
+            cells.append(text)
+        lines.append(f"| {label} | {len(result['ops'][op])} | {' | '.join(cells)} |")
+    shares = [row["share_of_ceiling"] for row in result["ops"]["channel_stats"] if row["bytes"] >= 32 << 20]
+    lines += [
+        "",
+        f"On maps of 32 MB and more `channel_stats` reads at {100 * min(shares):.0f}–{100 * max(shares):.0f} % "
+        f"(median {100 * statistics.median(shares):.0f} %) of the rate at which the same machine reads the same "
+        "memory and does nothing with it.",
+    ]
+    return "\n".join(lines)
 
 
 def profile(name: str) -> str:
@@ -193,7 +223,7 @@ class Spread:
         """Mean ± standard deviation; bold in the lead, ``≈`` where the lead is within its own deviation."""
         if not self.values:
             return ""
-        text = f"{self.mean:.2f} ± {self.deviation:.2f}"
+        text = f"{self.mean:.2f} ± {self.deviation:.2f}" if len(self.values) > 1 else f"{self.mean:.2f}"
         if best is not None and self.mean == best.mean:
             return f"**{text}**"
         return f"{text} ≈" if best is not None and best.mean - self.mean <= self.deviation else text
@@ -329,36 +359,109 @@ def pruning_ablation(_: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {
-    "quickstart-cpu": quickstart,
-    "kernels-cpu": kernels,
-    "profile-cpu": profile,
-    "latency-cpu": latency,
-    "pruning-criteria": pruning_criteria,
-    "pruning-sets": pruning_sets,
-    "pruning-oneshot": pruning_oneshot,
-    "pruning-ablation": pruning_ablation,
+def pruning_summary(_: str) -> str:
+    of = {"dataset": "silhouettes", "model": "resnet"}
+    rows = pruning_rows(task="criteria", **of)
+    base = Spread(rows, "base")
+    columns = {"−50 % MACs": 0.5, "−70 % MACs": 0.3, "−85 % MACs": 0.15}
+    plain = [key for key in CRITERIA if not key.endswith("_summed") or key == "flow_divergence_summed"]
+
+    def spread(key: str, macs: float, which: str = "final") -> Spread:
+        return Spread([r for r in rows if r["run"]["criterion"] == key and r["run"]["macs"] == macs], which)
+
+    untrained = {key: spread(key, 0.5, "recalibrated") for key in plain}
+    trained = {title: {key: spread(key, macs) for key in plain} for title, macs in columns.items()}
+    leads = [max(own.values(), key=lambda s: s.mean) for own in (untrained, *trained.values())]
+    lines = [
+        *_head("criterion", ["−50 %, no training", *columns]),
+        f"| not pruned | {' | '.join([base.cell()] * 4)} |",
+    ]
+    for key in plain:
+        own = [untrained[key], *(column[key] for column in trained.values())]
+        if any(s.values for s in own):
+            cells = (s.cell(lead) for s, lead in zip(own, leads, strict=True))
+            lines.append(f"| {CRITERIA[key]} | {' | '.join(cells)} |")
+    lines += ["", _caption(rows)]
+    return "\n".join(lines)
+
+
+def step(name: str) -> str:
+    result = load(name)
+    labels = {
+        "forward": "the forward passes alone",
+        "idap": "profile, rank, surgery, check",
+        "released": "the same the released way",
+    }
+    lines = [
+        f"{machine(result['environment'])}; ResNet-50, {result['batches']} batches of {result['batch']}.",
+        "",
+        "| one pruning step | time (least to most) |",
+        "|---|--:|",
+    ]
+    for key, label in labels.items():
+        t = result["times"][key]
+        lines.append(f"| {label} | {t['median_s']:.1f} s ({t['min_s']:.1f}–{t['max_s']:.1f}) |")
+    dense = result["densenet121"]
+    lines += [
+        "",
+        "The released way (eager hooks with a transfer a layer and batch, a new dependency graph a pruned layer) "
+        f"takes {result['speedup']:.2f}× the time; beyond the forward passes, which both have to run, "
+        f"{result['speedup_beyond_forward']:.1f}×. Deciding (scores to plan) on DenseNet-121: "
+        f"{dense['median_s']:.2f} s ({dense['min_s']:.2f}–{dense['max_s']:.2f}). Peak memory of the process: "
+        f"{result['peak_memory_mb'] / 1024:.1f} GiB.",
+    ]
+    return "\n".join(lines)
+
+
+def resume(name: str) -> str:
+    result = load(name)
+    moments = sorted(kill["decisions_on_disk"] for row in result["rows"] for kill in row["killed"])
+    return (
+        f"{result['same']} of {result['runs']} runs of both stages on the digits, killed (`kill -9`) {result['kills']} "
+        f"times at random moments with {moments[0]} to {moments[-1]} decisions on disk and resumed, ended at the same "
+        "weights and the same history, bit for bit."
+    )
+
+
+TABLES: dict[str, dict[str, Callable[[str], str]]] = {
+    "README.md": {
+        "quickstart-cpu": quickstart,
+        "kernels-summary-cpu": kernels_summary,
+        "pruning-summary": pruning_summary,
+        "profile-cpu": profile,
+        "latency-cpu": latency,
+    },
+    "benchmarks/RESULTS.md": {
+        "kernels-cpu": kernels,
+        "pruning-criteria": pruning_criteria,
+        "pruning-sets": pruning_sets,
+        "pruning-oneshot": pruning_oneshot,
+        "pruning-ablation": pruning_ablation,
+        "step-cpu": step,
+        "resume-cpu": resume,
+    },
 }
 
 
-def filled(text: str) -> str:
-    """The text with every table between its markers made anew."""
-    for name, make in TABLES.items():
+def filled(document: str) -> str:
+    """The text of a document with every table between its markers made anew."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name, make in TABLES[document].items():
         pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
         found = pattern.search(text)
         if not found:
-            raise SystemExit(f"README.md has no marker <!-- table:{name} -->")
+            raise SystemExit(f"{document} has no marker <!-- table:{name} -->")
         text = f"{text[: found.end(1)]}{make(name)}\n{text[found.start(2) :]}"
     return text
 
 
 def main() -> None:
-    if "--write" in sys.argv[1:]:
-        path = ROOT / "README.md"
-        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        for name, make in TABLES.items():
-            print(f"{name}\n\n{make(name)}\n")
+    for document, tables in TABLES.items():
+        if "--write" in sys.argv[1:]:
+            (ROOT / document).write_text(filled(document), encoding="utf-8")
+            continue
+        for name, make in tables.items():
+            print(f"{document}, {name}\n\n{make(name)}\n")
 
 
 if __name__ == "__main__":
