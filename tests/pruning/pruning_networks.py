@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -422,3 +423,8 @@ class Gpt(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+def default_sigint() -> None:
+    """For a process that is to be interrupted: a test run in the background of a script ignores Ctrl-C itself."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from pruning_networks import default_sigint
 
 from idap import cli
 from idap.errors import InvalidInputError
@@ -125,7 +126,13 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(moment, tmp_path, capsys, monke
 
 def test_a_real_ctrl_c_in_the_middle_of_the_work(tmp_path):
     arguments = [sys.executable, "-u", "-m", "idap", "quickstart", "--output", str(tmp_path / "out")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_sigint,
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("base"):

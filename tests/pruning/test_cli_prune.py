@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pruning_networks import default_sigint
 from safetensors.torch import load_file
 
 import idap
@@ -278,6 +279,7 @@ def test_a_real_ctrl_c(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=default_sigint,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
