@@ -1,0 +1,247 @@
+"""Scores of a profile as an importance of Torch-Pruning (>= 1.6.1)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import torch_pruning as tp
+except ImportError as error:  # pragma: no cover - a dependency of the package
+    raise ImportError(
+        "idap.integrations.torch_pruning needs Torch-Pruning >= 1.6.1: pip install torch-pruning"
+    ) from error
+
+from ..criteria import Criterion, flow_divergence
+from ..errors import GraphError, InvalidInputError
+from ..filters import check_scores
+from ..profile import is_scored, profile
+
+Scores = Mapping[str, Tensor]
+
+_REDUCTIONS = {"mean": "mean", "sum": "sum", "max": "amax"}
+_NORMALIZATIONS = ("mean", None)
+
+# A tie is broken by less than what separates two float32 numbers: 2^-51 of the score for each channel that
+# comes before it in the model. A score of zero counts as _ZERO there, far below any score of a live channel.
+_STEP = 2.0**-51
+_ZERO = 1e-280
+
+
+class ChannelImportance(tp.importance.Importance):
+    """What Torch-Pruning's pruners ask for: how much each channel of a group is worth keeping.
+
+    ::
+
+        importance = ChannelImportance(model, batches)
+        pruner = tp.pruner.BasePruner(model, example, importance=importance, global_pruning=True)
+        pruner.step()
+
+    The model is profiled once, at the first group, in one pass over the batches; and again when a layer has
+    another width than at that time, so that each step of an iterative pruner ranks the model as it then is.
+    After training without pruning, :meth:`refresh` asks for a new pass.
+
+    Every layer of a group whose *output* channels the group removes and which has scores counts: convolutions
+    (grouped, depthwise and transposed ones too) and linear layers, on both sides of a residual sum, before a
+    concatenation, and queries, keys and values. Scores reach the channels of the group's root by the index
+    mapping of the dependency graph, so a flatten in between does no harm.
+
+    Equal scores, such as those of dead channels, are told apart by a part in 10^15 for each channel in the
+    order of the model, the first being the least: Torch-Pruning's global ranking removes everything at or
+    below a threshold and would take all of them, or none.
+
+    Args:
+        model: the model that the pruner prunes, the same object.
+        batches: what :func:`idap.profile` takes, re-iterable: a list, a data loader.
+        scores: in place of batches, ``{layer name: (out_channels,)}``, higher is kept; or a function from the
+            model to such a mapping, called again when widths have changed.
+        criterion: how a profile becomes scores: :func:`idap.flow_divergence`, or any of :mod:`idap.criteria`.
+        reduction: ``"mean"``, ``"sum"`` or ``"max"`` over the layers of a group.
+        normalize: ``"mean"`` divides the scores of a group by their mean magnitude, which makes groups
+            comparable under global ranking; None does nothing.
+
+    Attributes:
+        skipped: why a group got no score, by the name of its root layer. Pruners leave such groups as they are;
+            each is warned about once.
+
+    Raises:
+        InvalidInputError: neither or both of batches and scores, a batches iterator that can be read only
+            once, an unknown reduction or normalization. While pruning: scores that do not fit the model, a
+            group of another model, or fixed scores after the model has been pruned.
+        NonFiniteError: a score or an activation is NaN or infinite; names the layer.
+        GraphError: the dependency graph removes channels that a layer does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None = None,
+        *,
+        scores: Scores | Callable[[nn.Module], Scores] | None = None,
+        criterion: Criterion = flow_divergence,
+        reduction: str = "mean",
+        normalize: str | None = "mean",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidInputError(f"model: got {type(model).__name__}, wanted the module to be pruned")
+        if (batches is None) == (scores is None):
+            raise InvalidInputError(
+                f"got {'neither batches nor' if batches is None else 'both batches and'} scores: give one"
+            )
+        if isinstance(batches, Iterator):
+            raise InvalidInputError(
+                f"batches is a {type(batches).__name__}, which can be read only once; every step of a pruner "
+                "needs a pass: give a list or a data loader"
+            )
+        if reduction not in _REDUCTIONS:
+            raise InvalidInputError(f"reduction is {reduction!r}; known are {', '.join(_REDUCTIONS)}")
+        if normalize not in _NORMALIZATIONS:
+            raise InvalidInputError(f"normalize is {normalize!r}; known are 'mean' and None")
+        self.model = model
+        self.batches = batches
+        self.scores = scores
+        self.criterion = criterion
+        self.reduction = reduction
+        self.normalize = normalize
+        self.skipped: dict[str, str] = {}
+        self._channels: dict[nn.Module, tuple[Tensor, int]] = {}  # a layer's scores, and channels before it
+        self._widths: dict[nn.Module, int] = {}
+
+    def refresh(self) -> None:
+        """Forget the scores: the next group asks for new ones."""
+        self._channels, self._widths = {}, {}
+
+    @torch.no_grad()
+    def __call__(self, group: tp.Group) -> Tensor | None:
+        """One score for each channel of the group's root, ``(len(group[0].idxs),)``, float64; higher is kept.
+
+        None if no layer of the group has scores: see ``skipped``.
+        """
+        self._update(group)
+        size = len(group[0].idxs)
+        position = {channel: i for i, channel in enumerate(group[0].idxs)}
+        members: list[Tensor] = []
+        ranks: list[Tensor] = []
+        for item in group:
+            module = item.dep.target.module
+            if module not in self._channels or not group._DG.is_out_channel_pruning_fn(item.dep.handler):
+                continue
+            scores, before = self._channels[module]
+            pairs = [
+                (channel, position[root])
+                for channel, root in zip(item.idxs, item.root_idxs)
+                if root is not None and root in position
+            ]
+            if not pairs:
+                continue
+            channels, roots = torch.tensor(pairs).T
+            if channels.max() >= len(scores):
+                raise GraphError(
+                    f"Torch-Pruning's graph removes channel {int(channels.max())} of {self._name(module)!r}, which "
+                    f"has {len(scores)}: it does not follow this model; idap.prune_filters has a graph of its own"
+                )
+            row = torch.full((size,), torch.nan, dtype=torch.float64)
+            members.append(
+                row.scatter_reduce(
+                    0, roots, scores[channels], _REDUCTIONS[self.reduction], include_self=False
+                )
+            )
+            ranks.append(
+                torch.full((size,), torch.inf, dtype=torch.float64).scatter_reduce(
+                    0, roots, (channels + before).double(), "amin"
+                )
+            )
+        if not members:
+            self._skip(group)
+            return None
+        total = self._reduce(torch.stack(members))
+        if self.normalize and (scale := total.abs().mean()) > 0:
+            total = total / scale
+        rank = torch.stack(ranks).amin(0).nan_to_num(posinf=0.0)
+        total = total + total.abs().clamp_min(_ZERO) * rank * _STEP
+        return total.to(_device_of(group))
+
+    def _reduce(self, rows: Tensor) -> Tensor:  # (members, size), NaN where a member lacks the channel
+        missing = rows.isnan()
+        if self.reduction == "max":
+            total = rows.nan_to_num(nan=-torch.inf).amax(0)
+        else:
+            total = rows.nansum(0)
+            if self.reduction == "mean":
+                total = total / (~missing).sum(0)
+        unknown = missing.all(0)
+        if unknown.any():  # nothing speaks for removing what nothing is known of
+            total = torch.where(unknown, total[~unknown].max(), total)
+        return total
+
+    def _update(self, group: tp.Group) -> None:
+        """New scores if there are none, or if the model has been pruned since."""
+        if self._channels and all(_width(module) == width for module, width in self._widths.items()):
+            return
+        modules = dict(self.model.named_modules())
+        if not any(item.dep.target.module in modules.values() for item in group):
+            raise InvalidInputError(
+                f"the group is of another {type(self.model).__name__} than the one of this importance: make "
+                "both from the same object, not from a copy"
+            )
+        if isinstance(self.scores, Mapping):
+            if self._channels:
+                raise InvalidInputError(
+                    "the model has been pruned since these scores were made: give batches, or a function as "
+                    "scores, which are asked again after each step"
+                )
+            found = self.scores
+        elif self.scores is not None:
+            found = self.scores(self.model)
+        else:
+            assert self.batches is not None
+            passed = profile(self.model, self.batches, blocks=(), heads=(), progress=False)
+            found = self.criterion(self.model, passed)
+        before = 0
+        channels: dict[nn.Module, tuple[Tensor, int]] = {}
+        for name, values in check_scores(self.model, found).items():
+            if is_scored(modules[name]):  # attentions have a score a head
+                channels[modules[name]] = (torch.from_numpy(values), before)
+                before += len(values)
+        if not channels:
+            raise InvalidInputError("scores: got none of a convolution or linear layer, wanted one a channel")
+        self._channels = channels
+        self._widths = {module: _width(module) for module in channels}
+
+    def _skip(self, group: tp.Group) -> None:
+        root = group[0].dep.target
+        name = self._name(root.module) or root.name
+        if name not in self.skipped:
+            kind = type(root.module).__name__
+            self.skipped[name] = (
+                f"no layer whose output channels go with those of {name!r} ({kind}) has scores"
+            )
+            warnings.warn(f"left unpruned: {self.skipped[name]}", stacklevel=3)
+
+    def _name(self, layer: nn.Module) -> str:
+        return next((name for name, module in self.model.named_modules() if module is layer), "")
+
+
+def _width(module: nn.Module) -> int:
+    """Output channels of a layer as it is now."""
+    for attribute in ("out_channels", "out_features", "nf"):
+        width = getattr(module, attribute, None)
+        if isinstance(width, int):
+            return width
+    return -1
+
+
+def _device_of(group: tp.Group) -> torch.device:
+    for item in group:
+        module = item.dep.target.module
+        if isinstance(module, nn.Module):
+            for parameter in module.parameters(recurse=False):
+                return parameter.device
+    return torch.device("cpu")
+
+
+__all__ = ["ChannelImportance"]
