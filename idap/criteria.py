@@ -29,7 +29,7 @@ from .profile import ActivationProfile, is_scored, is_transposed_linear
 
 Criterion = Callable[[nn.Module, ActivationProfile], dict[str, Tensor]]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def flow_divergence(model: nn.Module, profile: ActivationProfile) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def taylor(pairs: Iterable[Any], loss: Callable[[Any, Any], Tensor] = F.cross_en
                 gradients = torch.autograd.grad(value.sum(), weights, allow_unused=True)  # type: ignore[arg-type]
             for i, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
                 if gradient is not None:
-                    product = _filters_first(modules[name], weights[i].detach() * gradient)  # type: ignore[operator]
+                    product = filters_first(modules[name], weights[i].detach() * gradient)  # type: ignore[operator]
                     sums[i] += product.double().square().flatten(1).sum(1)
             batches += 1
         if not batches:
@@ -227,7 +227,7 @@ def _weights(model: nn.Module, profile: ActivationProfile) -> tuple[list[str], l
             _inputs.evaluating(module),
             torch.no_grad(),
         ):  # a parametrisation may change its state in training
-            weight = _filters_first(module, module.weight)  # type: ignore[arg-type]
+            weight = filters_first(module, module.weight)  # type: ignore[arg-type]
         if weight.shape[0] != stats.channels:
             raise InvalidInputError(
                 f"layer {name!r} has {weight.shape[0]} filters, the profile {stats.channels}: profile it again"
@@ -236,8 +236,9 @@ def _weights(model: nn.Module, profile: ActivationProfile) -> tuple[list[str], l
     return list(profile.layers), weights
 
 
-def _filters_first(module: nn.Module, weight: Tensor) -> Tensor:
-    if isinstance(module, _TRANSPOSED):  # (in, out / groups, *)
+def filters_first(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight, or a tensor of its shape, as (out_channels, ...): what makes each channel."""
+    if isinstance(module, TRANSPOSED):  # (in, out / groups, *)
         by_group = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)
         return by_group.flatten(0, 1)
     if is_transposed_linear(module):  # (in, out)

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.prune import is_pruned
 
 from . import complexity
 from . import inputs as _inputs
 from . import plan as _plan
 from .adapters.attention import count_heads
 from .adapters.multihead import projections_called
+from .criteria import filters_first
 from .errors import (
     IdapError,
     InvalidInputError,
@@ -33,6 +35,7 @@ from .errors import (
 from .groups import Group, GroupScan, Ignore, Member, Skipped, find_groups, is_head_group, side_size
 from .inputs import Inputs
 from .plan import ChannelRemoval, Cost, PruningPlan
+from .profile import is_scored
 
 Floats = NDArray[np.float64]
 _HEADS = ("heads", "mha")
@@ -545,18 +548,116 @@ def prune_filters(
         plan = PruningPlan(type(model).__name__, (), cost.base, cost.base, tuple(skipped))
         if not chosen:
             return plan
-        plan = replace(plan, steps=(_plan.channel_step(chosen),))
-        after = _proved(model, plan, example_inputs, exact and verify)
-        if after is not None:
-            return replace(plan, after=after)
-        pruned, failures = _examine(model, plan, chosen, example_inputs, exact and verify)
+        plan, failures = _checked(model, plan, chosen, example_inputs, exact and verify)
         if not failures:
-            assert pruned is not None
-            return replace(plan, after=_plan.measure(pruned, example_inputs))
+            return plan
         for group, reason in failures:
             number = next(i for i, other in enumerate(chosen_from) if other is group)
             del chosen_from[number], values[number], orders[number], allowed[number]
             skipped.append(Skipped(group.root, group.size, reason))
+
+
+def plan_channels(
+    model: nn.Module,
+    removed: Mapping[str, Sequence[int]],
+    example_inputs: Inputs,
+    *,
+    exact: bool = True,
+    verify: bool = True,
+) -> PruningPlan:
+    """The plan that cuts out the channels in ``removed``, and no others; ``model`` is not changed.
+
+    Coupled channels go if every layer that makes them has them in ``removed``; depthwise convolutions and norms
+    follow the layer before them. What stays, and why, is in ``plan.skipped``. The pruned model computes what
+    ``model`` computes with the removed channels' contributions at zero: that is the masked model itself, where
+    biases and batch norms were masked too (:func:`prune_channels`).
+
+    Args:
+        model: without masks; see :func:`remove_masks`.
+        removed: per layer name, channel numbers, as :func:`masked_channels` gives them.
+        example_inputs: as for :func:`idap.prune_filters`, and so are ``exact`` and ``verify``.
+
+    Raises:
+        InvalidInputError: unknown layers or channels, or a model that still has masks.
+        GraphError: the channels of the model cannot be followed.
+    """
+    modules = dict(model.named_modules())
+    if is_pruned(model):
+        raise InvalidInputError(
+            "model still has masks of torch.nn.utils.prune: remove them first (prune.remove)"
+        )
+    gone: dict[str, set[int]] = {}
+    for name, channels in removed.items():
+        module = modules.get(name)
+        if module is None or not is_scored(module):
+            what = "not there" if module is None else f"a {type(module).__name__}"
+            raise InvalidInputError(f"removed: {name!r} is {what}; wanted convolutions and linear layers")
+        width = len(filters_first(module, module.weight))
+        bad = [
+            c for c in channels if isinstance(c, bool) or not isinstance(c, Integral) or not 0 <= c < width
+        ]
+        if bad:
+            raise InvalidInputError(
+                f"removed[{name!r}]: got {bad[0]!r}, wanted channels from 0 to {width - 1}"
+            )
+        gone[name] = {int(channel) for channel in channels}
+    scan = find_groups(model, example_inputs, exact=exact)
+    chosen: list[tuple[Group, list[int]]] = []
+    skipped = list(scan.skipped)
+    for group in scan.groups:
+        makers = [m for m in group.members if m.kind in ("conv_out", "linear_out", "embedding")]
+        units = [
+            unit
+            for unit in range(group.size)
+            if makers and all(gone.get(m.layer, set()).issuperset(m.units[unit]) for m in makers)
+        ]
+        kept = np.ones(group.size)
+        kept[units] = 0.0
+        # Without those that would leave a layer that reads only part of the group with nothing.
+        order = removal_order(group, kept, 1.0)[: group.size - 1].tolist()
+        going = [unit for unit in order if not kept[unit]]
+        asked = {
+            unit
+            for m in makers
+            for unit, own in enumerate(m.units)
+            if not gone.get(m.layer, set()).isdisjoint(own)
+        }
+        if going:
+            chosen.append((group, going))
+        if stays := len(asked) - len(going):
+            reason = (
+                f"{stays} of {len(asked)} stay: layers coupled with it keep them, or nothing would be left"
+            )
+            skipped.append(Skipped(group.root, group.size, reason))
+    before = _plan.measure(model, example_inputs)
+    while True:
+        plan = PruningPlan(type(model).__name__, (), before, before, tuple(skipped))
+        if not chosen:
+            return plan
+        plan, failures = _checked(model, plan, chosen, example_inputs, exact and verify)
+        if not failures:
+            return plan
+        skipped += [Skipped(group.root, group.size, reason) for group, reason in failures]
+        chosen = [own for own in chosen if all(own[0] is not group for group, _ in failures)]
+
+
+def _checked(
+    model: nn.Module,
+    plan: PruningPlan,
+    chosen: _Chosen,
+    example_inputs: Inputs,
+    exact: bool,
+) -> tuple[PruningPlan, list[tuple[Group, str]]]:
+    """The plan with the chosen units as its step and what comes out of it; or the groups that fail, and why."""
+    plan = replace(plan, steps=(_plan.channel_step(chosen),))
+    after = _proved(model, plan, example_inputs, exact)
+    if after is not None:
+        return replace(plan, after=after), []
+    pruned, failures = _examine(model, plan, chosen, example_inputs, exact)
+    if failures:
+        return plan, failures
+    assert pruned is not None
+    return replace(plan, after=_plan.measure(pruned, example_inputs)), []
 
 
 def _checked_scan(model: nn.Module, scan: GroupScan) -> GroupScan:
@@ -775,12 +876,11 @@ def _try(
     model: nn.Module, plan: PruningPlan, example_inputs: Inputs, exact: bool
 ) -> tuple[nn.Module | None, str | None]:
     try:
-        pruned = plan.apply(model, example_inputs)
+        if not exact:
+            return plan.apply(model, example_inputs), None
+        pruned, error_found = _plan.apply_and_compare(plan, model, example_inputs)
     except (SurgeryError, PlanMismatchError) as error:
         return None, f"{_BREAKS}: {error}"
-    if not exact:
-        return pruned, None
-    error_found = plan.exactness_error(model, example_inputs)
     limit = _CLEARLY
     if not error_found <= limit:
         # Rounding or a wrong result: double precision tells them apart.
