@@ -1,1 +1,1 @@
-"""IDAP's scores inside other pruners. Each module needs its own library, and none is imported before it is asked for."""
+"""IDAP's scores inside other pruners. Each module imports its own library; none is imported before it is used."""
