@@ -40,7 +40,7 @@ from .profile import is_scored
 Floats = NDArray[np.float64]
 _HEADS = ("heads", "mha")
 _SCORED = ("conv_out", "depthwise", "linear_out", "embedding", *_HEADS)
-_REDUCTIONS: dict[str, Callable[..., Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
+REDUCTIONS: dict[str, Callable[..., Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def group_scores(group: Group, scores: Mapping[str, Floats], reduction: str = "m
     scored members has channels of. Where the units are attention heads and the attention module has scores,
     these alone count, and not those of the channels that make queries, keys and values.
     """
-    reduce_ = _REDUCTIONS[reduction]
+    reduce_ = REDUCTIONS[reduction]
     rows: list[Floats] = []
     scored = [member for member in group.members if member.kind in _SCORED and member.layer in scores]
     heads = [member for member in scored if member.kind in _HEADS]
@@ -505,7 +505,7 @@ def prune_filters(
     for name, value, known in (
         ("scope", scope, ("global", "local")),
         ("normalize", normalize, ("mean", None)),
-        ("reduction", reduction, tuple(_REDUCTIONS)),
+        ("reduction", reduction, tuple(REDUCTIONS)),
     ):
         if value not in known:
             raise InvalidInputError(f"{name}: got {value!r}, wanted one of {known}")
