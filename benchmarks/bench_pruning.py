@@ -39,7 +39,7 @@ import idap
 from idap import criteria
 from idap.calibration import compensate, recalibrate
 from idap.complexity import count_macs, count_params
-from idap.quickstart.network import ResidualBlock
+from idap.quickstart import DigitsResNet, TrainingBatches
 
 Criterion = Callable[[nn.Module, idap.ActivationProfile], dict[str, Tensor]]
 
@@ -55,26 +55,14 @@ SUMMED = "_summed"
 # ------------------------------------------------------------------------------------------------
 
 
-class ResNet(nn.Module):
+class ResNet(DigitsResNet):
     """Residual CNN with 372,058 parameters for grey images; 9 M multiply-accumulates for 28x28."""
 
-    def __init__(self, stride: int = 2, widths: tuple[int, ...] = (16, 48, 96), depths: Any = (1, 2, 2)):
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, widths[0], 3, stride, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
-        blocks: list[nn.Module] = []
-        inputs = widths[0]
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            for i in range(depth):
-                blocks.append(ResidualBlock(inputs, width, stride=2 if stage and i == 0 else 1))
-                inputs = width
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(inputs, 10)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, 1, H, W) -> (B, 10)
-        logits: Tensor = self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
-        return logits
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__(widths=(16, 48, 96), depths=(1, 2, 2))
+        first = self.stem[0]
+        assert isinstance(first, nn.Conv2d)
+        first.stride = (stride, stride)
 
 
 class Attention(nn.Module):
@@ -307,7 +295,7 @@ class Bench:
 
     def train(self, model: nn.Module, run: Run, epochs: int, lr: float) -> None:
         train = _data(run.dataset)["train"]
-        batches = datasets.Shifted(train.images, train.labels, pixels=run.recipe.shift)
+        batches = TrainingBatches(train, pixels=run.recipe.shift)
         # A transformer does not learn from so little data with plain gradient descent in as many epochs.
         adam = partial(torch.optim.AdamW, lr=lr, weight_decay=0.05) if run.model == "vit" else None
         idap.finetune(model, batches, epochs=epochs, lr=lr, optimizer=adam, seed=run.seed)

@@ -14,66 +14,18 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
+from idap.quickstart.data import SPLITS, Split
 from idap.quickstart.make_data import stratified_split
 
 SEED = 20251120
 FRACTIONS = (0.70, 0.10, 0.20)  # train, validation, test
-SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images ``(N, 1, H, W)`` in ``[0, 1]`` and their labels ``(N,)``."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def inputs(self, batch_size: int = 256) -> list[Tensor]:
-        """The images alone, in order, as a list of batches."""
-        return list(self.images.split(batch_size))
-
-
-class Shifted:
-    """Batches ``(images, (B, ...) targets)`` in a new order every pass, each image moved by up to ``pixels``.
-
-    Draws from torch's global generator, which ``idap.finetune`` seeds. The last batch is left out if it holds a
-    single image, on which batch norm cannot train.
-    """
-
-    def __init__(self, images: Tensor, targets: Tensor, batch_size: int = 64, pixels: int = 1) -> None:
-        self.images, self.targets = images, targets
-        self.batch_size, self.pixels = batch_size, pixels
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.images), self.batch_size)
-        return full + (rest > 1)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chunk in torch.randperm(len(self.images)).split(self.batch_size)[: len(self)]:
-            yield self._moved(self.images[chunk]), self.targets[chunk]
-
-    def _moved(self, images: Tensor) -> Tensor:  # (B, C, H, W)
-        p = self.pixels
-        size, _, height, width = images.shape
-        padded = F.pad(images, (p, p, p, p)).movedim(1, 3)
-        rows = torch.randint(0, 2 * p + 1, (size, 1)) + torch.arange(height)
-        columns = torch.randint(0, 2 * p + 1, (size, 1)) + torch.arange(width)
-        picked = padded[torch.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return picked.movedim(3, 1)
 
 
 def load(name: str) -> dict[str, Split]:

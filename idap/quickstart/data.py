@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Images ``(N, 1, 8, 8)`` in ``[0, 1]`` and their labels ``(N,)``."""
+    """Images ``(N, 1, H, W)`` in ``[0, 1]``, 8x8 if they are the embedded ones, and their labels ``(N,)``."""
 
     images: Tensor
     labels: Tensor
@@ -26,7 +26,7 @@ class Split:
         return len(self.labels)
 
     def inputs(self, batch_size: int) -> list[Tensor]:
-        """The images alone, in order, as a list of batches ``(<= batch_size, 1, 8, 8)``."""
+        """The images alone, in order, as a list of batches ``(<= batch_size, 1, H, W)``."""
         return list(self.images.split(batch_size))
 
 
@@ -42,16 +42,17 @@ def load_digits() -> dict[str, Split]:
 
 
 class TrainingBatches:
-    """Batches ``(images, labels)`` in a new order every pass, each image moved by up to one pixel.
+    """Batches ``(images, labels)`` in a new order every pass, each image moved by up to ``pixels``.
 
     Draws from torch's global generator, so the seed given to :func:`idap.training.finetune` fixes both order
     and shifts. A last batch of one image is left out: batch norm cannot train on it.
     """
 
-    def __init__(self, split: Split, batch_size: int = 64, *, augment: bool = True) -> None:
+    def __init__(self, split: Split, batch_size: int = 64, *, augment: bool = True, pixels: int = 1) -> None:
         self.split = split
         self.batch_size = batch_size
         self.augment = augment
+        self.pixels = pixels
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.batch_size)
@@ -61,14 +62,15 @@ class TrainingBatches:
         order = torch.randperm(len(self.split))
         for chunk in order.split(self.batch_size)[: len(self)]:
             images = self.split.images[chunk]
-            yield (_shift(images) if self.augment else images), self.split.labels[chunk]
+            yield (_shift(images, self.pixels) if self.augment else images), self.split.labels[chunk]
 
 
-def _shift(images: Tensor) -> Tensor:  # (B, C, H, W), each moved by -1, 0 or 1 pixel along both axes
+def _shift(images: Tensor, pixels: int = 1) -> Tensor:
+    """Images (B, C, H, W), each moved by ``-pixels`` to ``pixels`` along both axes, zeros moving in."""
     batch, _, height, width = images.shape
-    padded = F.pad(images, (1, 1, 1, 1))
-    rows = torch.randint(0, 3, (batch, 1)) + torch.arange(height)
-    columns = torch.randint(0, 3, (batch, 1)) + torch.arange(width)
+    padded = F.pad(images, (pixels, pixels, pixels, pixels))
+    rows = torch.randint(0, 2 * pixels + 1, (batch, 1)) + torch.arange(height)
+    columns = torch.randint(0, 2 * pixels + 1, (batch, 1)) + torch.arange(width)
     # Index dimensions come first in the result when a slice lies between them.
     picked = padded[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2).contiguous()
