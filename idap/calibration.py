@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -280,15 +279,4 @@ def _average_over_processes(norms: Iterable[tuple[_BatchNorm, int, float]]) -> N
             norm.num_batches_tracked.fill_(int(everywhere))
 
 
-def reading_layers(model: nn.Module) -> list[str]:
-    """Names of the layers whose inputs compensation may need: all that are scored but depthwise ones."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if is_scored(module)
-        and not (isinstance(module, _ConvNd) and module.groups == module.in_channels > 1)
-        and math.prod(module.weight.shape) > 0  # type: ignore[union-attr]
-    ]
-
-
-__all__ = ["compensate", "following_norms", "reading_layers", "recalibrate"]
+__all__ = ["compensate", "following_norms", "recalibrate"]

@@ -708,7 +708,7 @@ class _Run:
         if options.compensate:
             _, stats = self._scores()
             source = calibration.compensate(source, plan, stats.inputs, options.example_inputs)
-        return self._recalibrated(plan.apply(source, options.example_inputs))
+        return self._recalibrated(plan.apply(source))  # prune_filters has run what comes out of this plan
 
     def _recalibrated(self, pruned: nn.Module) -> nn.Module:
         if self.options.recalibrate:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -428,3 +430,25 @@ class Gpt(nn.Module):
 def default_sigint() -> None:
     """For a process that is to be interrupted: a test run in the background of a script ignores Ctrl-C itself."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interrupted(*arguments: str, timeout: float) -> tuple[int, str]:
+    """Exit code and error output of ``idap`` given a real Ctrl-C when it has measured the base network.
+
+    Args:
+        timeout: seconds it may take from then on.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "idap", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_sigint,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("base"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, error = process.communicate(timeout=timeout)
+    return process.returncode, error

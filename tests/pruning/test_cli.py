@@ -1,12 +1,11 @@
 """The command line: codes, messages, and what happens to the output directory when something goes wrong."""
 
 import json
-import signal
 import subprocess
 import sys
 
 import pytest
-from pruning_networks import default_sigint
+from pruning_networks import interrupted
 
 from idap import cli
 from idap.errors import InvalidInputError
@@ -125,21 +124,8 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(moment, tmp_path, capsys, monke
 
 
 def test_a_real_ctrl_c_in_the_middle_of_the_work(tmp_path):
-    arguments = [sys.executable, "-u", "-m", "idap", "quickstart", "--output", str(tmp_path / "out")]
-    with subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default_sigint,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("base"):
-                process.send_signal(signal.SIGINT)
-                break
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, error = interrupted("quickstart", "--output", str(tmp_path / "out"), timeout=60)
+    assert code == 130
     assert error.strip() == "interrupted: nothing was written"
     assert list(tmp_path.iterdir()) == []
 

@@ -3,14 +3,12 @@
 import json
 import re
 import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from pruning_networks import default_sigint
+from pruning_networks import interrupted
 from safetensors.torch import load_file
 
 import idap
@@ -262,32 +260,9 @@ def test_ctrl_c_before_anything(tmp_path, capsys, monkeypatch):
 
 def test_a_real_ctrl_c(tmp_path):
     output = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "idap",
-        "prune",
-        DIGITS,
-        "--data",
-        "digits:",
-        "--output",
-        str(output),
-    ]
-    with subprocess.Popen(
-        [*command, "--epochs", "200", "--calibration-batches", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default_sigint,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("base"):
-                process.send_signal(signal.SIGINT)
-                break
-        _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
+    arguments = ["prune", DIGITS, "--data", "digits:", "--output", str(output)]
+    code, error = interrupted(*arguments, "--epochs", "200", "--calibration-batches", "2", timeout=120)
+    assert code == 130
     assert error.strip().count("\n") == 0
     assert "--resume" in error
     assert (output / "settings.json").exists()
