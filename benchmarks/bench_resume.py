@@ -3,7 +3,8 @@
 python benchmarks/bench_resume.py --runs 20 --json benchmarks/results/resume-cpu.json
 
 Both stages with fine-tuning on the embedded digits. One run goes through; every other one is killed at moments
-drawn from its length, resumed until it ends, and its weights and history are compared with the first's.
+drawn from its length, resumed until it ends, and its weights and history are compared with the first's. A run that
+ends before a moment of its own is started anew, with earlier moments.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from timing import environment, write_json
+
+TRIES = 10  # starts of a run that ends before it can be killed
 
 
 def work(directory: Path) -> None:
@@ -70,6 +74,24 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, __file__, "--work", str(directory)])
 
 
+def killed_at(directory: Path, moments: list[float]) -> tuple[list[dict[str, Any]], float | None]:
+    """Start a run, kill it and start it again at each moment; what was on disk, and the moment it ended before."""
+    killed: list[dict[str, Any]] = []
+    journal = directory / "journal.jsonl"
+    for moment in moments:
+        process = start(directory)
+        try:
+            if process.wait(moment):
+                raise SystemExit(f"the run in {directory.name} failed by itself")
+            return killed, moment
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        lines = journal.read_text().count("\n") if journal.exists() else 0
+        killed.append({"after_s": round(moment, 2), "decisions_on_disk": lines})
+    return killed, None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,18 +116,15 @@ def main() -> None:
         print(f"one run: {seconds:.1f} s")
         for number in range(args.runs):
             directory = Path(folder) / str(number)
-            killed = []
-            for _ in range(args.kills):
-                process = start(directory)
-                moment = draw.uniform(0, seconds)
-                try:
-                    process.wait(moment)
-                except subprocess.TimeoutExpired:
-                    journal = directory / "journal.jsonl"
-                    process.kill()
-                    process.wait()
-                    lines = journal.read_text().count("\n") if journal.exists() else 0
-                    killed.append({"after_s": round(moment, 2), "decisions_on_disk": lines})
+            latest = seconds
+            for _ in range(TRIES):
+                shutil.rmtree(directory, ignore_errors=True)
+                killed, late = killed_at(directory, [draw.uniform(0, latest) for _ in range(args.kills)])
+                if late is None:
+                    break
+                latest = late
+            else:
+                raise SystemExit(f"run {number} ended before it could be killed, {TRIES} times")
             code = start(directory).wait()
             same = not code and digest(directory) == wanted
             rows.append({"killed": killed, "exit_code": code, "same": same})
