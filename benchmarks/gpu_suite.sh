@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests, compute-sanitizer, benchmarks.
 #
-#   benchmarks/gpu_suite.sh [step ...]     steps: build tests sanitize kernels profile latency (default: these)
+#   benchmarks/gpu_suite.sh [step ...]     steps: build tests sanitize kernels profile latency scoring (default: these)
 #                                          and pruning, which goes on from what it left in OUT
 #
 #   OUT     folder of the results          (default: benchmarks/results/gpu)
@@ -17,7 +17,7 @@ OUT=${OUT:-benchmarks/results/gpu}
 WHEELS=${WHEELS:-.whl}
 PYTHON=${PYTHON:-python3}
 STEPS=("$@")
-[ ${#STEPS[@]} -eq 0 ] && STEPS=(build tests sanitize kernels profile latency)
+[ ${#STEPS[@]} -eq 0 ] && STEPS=(build tests sanitize kernels profile latency scoring)
 mkdir -p "$OUT" || exit 1
 LOG=$OUT/suite.log
 : >"$LOG"
@@ -91,6 +91,7 @@ for name in "${STEPS[@]}"; do
     kernels) bench kernels bench_kernels.py ;;
     profile) bench profile bench_profile.py ;;
     latency) bench latency bench_latency.py ;;
+    scoring) bench scoring bench_scoring.py ;;
     pruning)
       # An hour of short runs on a CPU: what is done stays, and the next call goes on from there.
       step pruning 560 "$PYTHON" benchmarks/bench_pruning.py --device cuda --json "$OUT/pruning.jsonl" \
