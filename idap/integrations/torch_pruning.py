@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 try:
@@ -123,7 +125,8 @@ class ChannelImportance(tp.importance.Importance):
         """
         self._update(group)
         size = len(group[0].idxs)
-        position = {channel: i for i, channel in enumerate(group[0].idxs)}
+        place = np.full(max(group[0].idxs, default=0) + 1, -1)  # of each channel of the root, in the result
+        place[group[0].idxs] = np.arange(size)
         members: list[Tensor] = []
         ranks: list[Tensor] = []
         for item in group:
@@ -131,37 +134,23 @@ class ChannelImportance(tp.importance.Importance):
             if module not in self._channels or not group._DG.is_out_channel_pruning_fn(item.dep.handler):
                 continue
             scores, before = self._channels[module]
-            pairs = [
-                (channel, position[root])
-                for channel, root in zip(item.idxs, item.root_idxs)
-                if root is not None and root in position
-            ]
-            if not pairs:
+            channels, roots = _mapped(item.idxs, item.root_idxs, place)
+            if not len(channels):
                 continue
-            channels, roots = torch.tensor(pairs).T
-            if channels.max() >= len(scores):
+            if (last := int(channels.max())) >= len(scores):
                 raise GraphError(
-                    f"Torch-Pruning's graph removes channel {int(channels.max())} of {self._name(module)!r}, which "
-                    f"has {len(scores)}: it does not follow this model; idap.prune_filters has a graph of its own"
+                    f"Torch-Pruning's graph removes channel {last} of {self._name(module)!r}, which has "
+                    f"{len(scores)}: it does not follow this model; idap.prune_filters has a graph of its own"
                 )
-            row = torch.full((size,), torch.nan, dtype=torch.float64)
-            members.append(
-                row.scatter_reduce(
-                    0, roots, scores[channels], _REDUCTIONS[self.reduction], include_self=False
-                )
-            )
-            ranks.append(
-                torch.full((size,), torch.inf, dtype=torch.float64).scatter_reduce(
-                    0, roots, (channels + before).double(), "amin"
-                )
-            )
+            members.append(_scattered(scores[channels], roots, size, _REDUCTIONS[self.reduction]))
+            ranks.append(_scattered((channels + before).double(), roots, size, "amin"))
         if not members:
             self._skip(group)
             return None
         total = self._reduce(torch.stack(members))
         if self.normalize and (scale := total.abs().mean()) > 0:
             total = total / scale
-        rank = torch.stack(ranks).amin(0).nan_to_num(posinf=0.0)
+        rank = torch.stack(ranks).nan_to_num(nan=torch.inf).amin(0).nan_to_num(posinf=0.0)
         total = total + total.abs().clamp_min(_ZERO) * rank * _STEP
         return total.to(_device_of(group))
 
@@ -224,6 +213,25 @@ class ChannelImportance(tp.importance.Importance):
 
     def _name(self, layer: nn.Module) -> str:
         return next((name for name, module in self.model.named_modules() if module is layer), "")
+
+
+def _mapped(idxs: list[int], root_idxs: list[int | None], place: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Channels of a layer, and the places of the root's channels that they go with; those without one left out."""
+    if None in root_idxs:
+        known = [(channel, root) for channel, root in zip(idxs, root_idxs) if root is not None]
+        channels, roots = np.array(known, dtype=np.int64).reshape(-1, 2).T
+    else:
+        channels, roots = np.array(idxs, dtype=np.int64), np.array(root_idxs, dtype=np.int64)
+    inside = roots < len(place)
+    places = place[np.where(inside, roots, 0)]
+    inside &= places >= 0
+    return torch.from_numpy(channels[inside]), torch.from_numpy(places[inside])
+
+
+def _scattered(values: Tensor, places: Tensor, size: int, reduction: str) -> Tensor:
+    """(size,) with the values of each place reduced, NaN where there is none."""
+    row = torch.full((size,), torch.nan, dtype=torch.float64)
+    return row.scatter_reduce(0, places, values, reduction, include_self=False)
 
 
 def _width(module: nn.Module) -> int:
