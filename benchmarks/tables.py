@@ -1,4 +1,4 @@
-"""The tables of README.md and benchmarks/RESULTS.md, made from the committed results.
+"""The tables of the documents, made from the committed results.
 
 python benchmarks/tables.py            prints them
 python benchmarks/tables.py --write    writes them into the documents, between their markers
@@ -95,6 +95,33 @@ def kernels_summary(name: str) -> str:
         f"(median {100 * statistics.median(shares):.0f} %) of the rate at which the same machine reads the same "
         "memory and does nothing with it.",
     ]
+    return "\n".join(lines)
+
+
+COST_CASES = (
+    ("channel_stats", "32x256x56x56-contiguous-float32", "`channel_stats` of (32, 256, 56, 56)"),
+    ("channel_stats", "8x512x3072-tokens-float32", "`channel_stats` of tokens (8, 512, 3072)"),
+    ("channel_stats", "1x2048x7x7-contiguous-float32", "`channel_stats` of (1, 2048, 7, 7)"),
+    ("pair_stats", "32x256x56x56-contiguous-float32", "`pair_stats` of two (32, 256, 56, 56)"),
+    ("filter_norms", "resnet50-weights", "`filter_norms` of all weights of ResNet-50"),
+)
+
+
+def kernel_costs(name: str) -> str:
+    result = load(name.replace("kernel-costs", "kernels"))
+    lines = [
+        f"{machine(result['environment'])}; float32, median times.",
+        "",
+        "| | reads | time | rate | eager PyTorch |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for op, case, label in COST_CASES:
+        row = next(row for row in result["ops"][op] if row["case"] == case)
+        times = {who: row["times"][who]["median_us"] / 1e3 for who in ("idap", "eager")}
+        lines.append(
+            f"| {label} | {row['bytes'] / 1e6:.1f} MB | {times['idap']:.2f} ms | {row['gb_per_s']:.1f} GB/s | "
+            f"{times['eager']:.1f} ms |"
+        )
     return "\n".join(lines)
 
 
@@ -413,6 +440,98 @@ def step(name: str) -> str:
     return "\n".join(lines)
 
 
+SCORERS = {
+    "idap": "`ChannelImportance`, flow divergence",
+    "activation": "`ActivationImportance`",
+    "taylor": "`TaylorImportance`",
+    "hessian": "`HessianImportance`",
+    "hrank": "feature-map rank (HRank)",
+    "bn_scale": "`BNScaleImportance`",
+    "magnitude": "`MagnitudeImportance`",
+}
+
+
+def scoring(name: str) -> str:
+    result = load(name)
+    images = result["batch"] * result["batches"]
+    lines = [f"{machine(result['environment'])}; Torch-Pruning {result['environment']['torch_pruning']}."]
+    notes = []
+    for model, found in result["models"].items():
+        title = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16"}[model]
+        bare, rows = found["forward"], found["scorers"]
+        lines += [
+            "",
+            f"| {title}, {images} images, {found['groups']} groups | reads data | time (least–most) | over ours | "
+            "beyond the forward passes | over ours | memory beyond |",
+            "|---|---|--:|--:|--:|--:|--:|",
+            f"| the forward passes alone | | {_seconds(bare)} | | | | |",
+        ]
+        own = rows["idap"]["beyond_forward_s"]
+        for key, label in SCORERS.items():
+            row = rows[key]
+            data = "yes" if row["reads_data"] else "no"
+            if "times" not in row:
+                lines.append(f"| {label} | {data} | – | | | | |")
+                notes.append(f"{title}, {label}: {row.get('skipped') or 'raises ' + row['error']}.")
+                continue
+            if row["groups_scored"] < found["groups"]:
+                notes.append(f"{title}, {label}: scores {row['groups_scored']} groups only.")
+            if row["images"] < images:
+                notes.append(f"{title}, {label}: measured on {row['images']} images, scaled to {images}.")
+            beyond, memory = row["beyond_forward_s"], row.get("extra_memory")
+            cells = [data, _seconds(row["times"]), f"{row['over_idap']:.2f}×", "", "", ""]
+            if beyond is not None:
+                # A difference within the noise of the forward passes is no more than a bound.
+                noise = found["noise_s"]
+                cells[3] = f"{beyond:.2f} s" if beyond > noise else f"≤ {noise:.2f} s"
+                if beyond > noise:
+                    cells[4] = f"{'' if own > noise else '≥ '}{beyond / max(own, noise):.1f}×"
+            if memory is not None:
+                cells[5] = f"{memory / 2**20:.0f} MiB"
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    apart = ", ".join(f"{found['noise_s']:.2f} s" for found in result["models"].values())
+    lines += [
+        "",
+        "Beyond the forward passes: least time minus the least of the bare forward passes, themselves measured twice "
+        f"and apart by {apart}. A time without a span is that of one call. Memory: peak of a process with "
+        f"{result['batch']} images, above the peak of its forward pass.",
+        *([""] + [f"- {note}" for note in notes] if notes else []),
+    ]
+    return "\n".join(lines)
+
+
+def scoring_summary(name: str) -> str:
+    result = load(name.replace("-summary", ""))
+    found = list(result["models"].items())
+    titles = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16"}
+    lines = [
+        "| a score for every group, CPU | "
+        + " | ".join(f"{titles[model]}, {result['batch'] * result['batches']} images" for model, _ in found)
+        + " |",
+        "|---|" + "--:|" * len(found),
+        "| *the forward passes alone* | " + " | ".join(_seconds(own["forward"]) for _, own in found) + " |",
+    ]
+    for key, label in SCORERS.items():
+        cells = []
+        for _, own in found:
+            row = own["scorers"][key]
+            if "times" not in row:
+                cells.append("–")
+            else:
+                over = row["over_idap"]
+                ratio = "" if key == "idap" else f", {over:.{1 if over >= 1 else 2}f}×"
+                cells.append(f"{row['times']['median_s']:.2f} s{ratio}")
+        kind = "" if found[0][1]["scorers"][key]["reads_data"] else ", reads no data"
+        lines.append(f"| {label}{kind} | {' | '.join(cells)} |")
+    lines += ["", f"{machine(result['environment'])}; median times, and those times over ours."]
+    return "\n".join(lines)
+
+
+def _seconds(times: dict[str, Any]) -> str:
+    text = f"{times['median_s']:.2f} s"
+    return text if times["rounds"] == 1 else f"{text} ({times['min_s']:.2f}–{times['max_s']:.2f})"
+
+
 def resume(name: str) -> str:
     result = load(name)
     moments = sorted(kill["decisions_on_disk"] for row in result["rows"] for kill in row["killed"])
@@ -430,7 +549,9 @@ TABLES: dict[str, dict[str, Callable[[str], str]]] = {
         "pruning-summary": pruning_summary,
         "profile-cpu": profile,
         "latency-cpu": latency,
+        "scoring-cpu-summary": scoring_summary,
     },
+    "examples/README.md": {"kernel-costs-cpu": kernel_costs},
     "benchmarks/RESULTS.md": {
         "kernels-cpu": kernels,
         "pruning-criteria": pruning_criteria,
@@ -438,6 +559,7 @@ TABLES: dict[str, dict[str, Callable[[str], str]]] = {
         "pruning-oneshot": pruning_oneshot,
         "pruning-ablation": pruning_ablation,
         "step-cpu": step,
+        "scoring-cpu": scoring,
         "resume-cpu": resume,
     },
 }

@@ -11,7 +11,12 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="runs in the source tree only")
 
-NEEDS = {"modelopt": "modelopt", "fasterai": "fasterai", "llmcompressor": "llmcompressor", "resnet18": "torchvision"}
+NEEDS = {
+    "modelopt": "modelopt",
+    "fasterai": "fasterai",
+    "llmcompressor": "llmcompressor",
+    "resnet18": "torchvision",
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))

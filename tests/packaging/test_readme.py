@@ -17,7 +17,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_python_blocks_run(number, tmp_path, monkeypatch, capsys):
     for library, word in (("torchvision", "torchvision"), ("onnxruntime", "export_onnx")):
         if word in blocks("python")[number]:
@@ -27,17 +27,17 @@ def test_python_blocks_run(number, tmp_path, monkeypatch, capsys):
 
 
 def test_every_python_block_is_run():
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
 
 
-@pytest.mark.parametrize("document", ["README.md", "benchmarks/RESULTS.md"])
+@pytest.mark.parametrize("document", ["README.md", "benchmarks/RESULTS.md", "examples/README.md"])
 def test_tables_are_those_of_the_results(document):
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert set(tables.TABLES) == {"README.md", "benchmarks/RESULTS.md"}
+    assert set(tables.TABLES) == {"README.md", "benchmarks/RESULTS.md", "examples/README.md"}
     text = (ROOT / document).read_text(encoding="utf-8")
     assert tables.filled(document) == text, "run: python benchmarks/tables.py --write"
 
