@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,10 @@ def test_ci_runs_the_commands_of_the_readme():
     marks = dict(re.findall(r"<!-- ci:(\w+) -->\n```bash\n(.*?)```", text, re.DOTALL))
     assert marks["quickstart"].splitlines() == ["pip install -e .", "idap quickstart"]
     assert marks["test"].splitlines() == ['pip install -e ".[test]"', "pytest"]
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    libraries = shlex.split(marks["integrations"].splitlines()[0])
+    assert libraries == ["pip", "install", *metadata["project"]["optional-dependencies"]["integrations"]]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for name in marks:
         assert f"run {name}\n" in script
