@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -45,12 +46,15 @@ class ChannelImportance(tp.importance.Importance):
 
     The model is profiled once, at the first group, in one pass over the batches; and again when a layer has
     another width than at that time, so that each step of an iterative pruner ranks the model as it then is.
-    After training without pruning, :meth:`refresh` asks for a new pass.
+    After training without pruning, :meth:`refresh` asks for a new pass. Pruners that regularize ask for scores
+    while training: call :meth:`refresh` before their ``step``, which else ranks by those.
 
     Every layer of a group whose *output* channels the group removes and which has scores counts: convolutions
     (grouped, depthwise and transposed ones too) and linear layers, on both sides of a residual sum, before a
     concatenation, and queries, keys and values. Scores reach the channels of the group's root by the index
-    mapping of the dependency graph, so a flatten in between does no harm.
+    mapping of the dependency graph, so a flatten in between does no harm. Where the graph has no such mapping, as
+    for keys and values that are shared by several query heads, a layer does not count; nor does it for the
+    library's own importances.
 
     Equal scores, such as those of dead channels, are told apart by a part in 10^15 for each channel in the
     order of the model, the first being the least: Torch-Pruning's global ranking removes everything at or
@@ -65,10 +69,13 @@ class ChannelImportance(tp.importance.Importance):
         reduction: ``"mean"``, ``"sum"`` or ``"max"`` over the layers of a group.
         normalize: ``"mean"`` divides the scores of a group by their mean magnitude, which makes groups
             comparable under global ranking; None does nothing.
+        forward: called as ``forward(model, batch)`` in place of ``model(batch)``, for batches such as
+            ``(images, labels)``; see :func:`idap.profile`.
 
     Attributes:
         skipped: why a group got no score, by the name of its root layer. Pruners leave such groups as they are;
-            each is warned about once.
+            each is warned about once. (``GroupNormPruner`` fails on them while regularizing, as with every
+            importance: put the layer among its ``ignored_layers``. It also wants scores above zero.)
 
     Raises:
         InvalidInputError: neither or both of batches and scores, a batches iterator that can be read only
@@ -87,6 +94,7 @@ class ChannelImportance(tp.importance.Importance):
         criterion: Criterion = flow_divergence,
         reduction: str = "mean",
         normalize: str | None = "mean",
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InvalidInputError(f"model: got {type(model).__name__}, wanted the module to be pruned")
@@ -99,6 +107,17 @@ class ChannelImportance(tp.importance.Importance):
                 f"batches is a {type(batches).__name__}, which can be read only once; every step of a pruner "
                 "needs a pass: give a list or a data loader"
             )
+        if isinstance(batches, Tensor):
+            raise InvalidInputError("batches is one tensor; it must be an iterable of batches: pass [tensor]")
+        if scores is not None and not isinstance(scores, Mapping) and not callable(scores):
+            raise InvalidInputError(
+                f"scores: got {type(scores).__name__}, wanted a mapping from layer names to tensors, or a function "
+                "of the model that gives one"
+            )
+        if not callable(criterion):
+            raise InvalidInputError(
+                f"criterion: got {criterion!r}, wanted a function of (model, profile) such as idap.criteria.fpgm"
+            )
         if reduction not in _REDUCTIONS:
             raise InvalidInputError(f"reduction is {reduction!r}; known are {', '.join(_REDUCTIONS)}")
         if normalize not in _NORMALIZATIONS:
@@ -109,6 +128,7 @@ class ChannelImportance(tp.importance.Importance):
         self.criterion = criterion
         self.reduction = reduction
         self.normalize = normalize
+        self.forward = forward
         self.skipped: dict[str, str] = {}
         self._channels: dict[nn.Module, tuple[Tensor, int]] = {}  # a layer's scores, and channels before it
         self._widths: dict[nn.Module, int] = {}
@@ -124,9 +144,12 @@ class ChannelImportance(tp.importance.Importance):
         None if no layer of the group has scores: see ``skipped``.
         """
         self._update(group)
-        size = len(group[0].idxs)
-        place = np.full(max(group[0].idxs, default=0) + 1, -1)  # of each channel of the root, in the result
-        place[group[0].idxs] = np.arange(size)
+        channels, inverse = np.unique(np.array(group[0].idxs, dtype=np.int64), return_inverse=True)
+        size = len(channels)
+        if not size:
+            return torch.empty(0, dtype=torch.float64)
+        place = np.full(int(channels[-1]) + 1, -1)  # of each channel of the root, in the result
+        place[channels] = np.arange(size)
         members: list[Tensor] = []
         ranks: list[Tensor] = []
         for item in group:
@@ -134,25 +157,29 @@ class ChannelImportance(tp.importance.Importance):
             if module not in self._channels or not group._DG.is_out_channel_pruning_fn(item.dep.handler):
                 continue
             scores, before = self._channels[module]
-            channels, roots = _mapped(item.idxs, item.root_idxs, place)
-            if not len(channels):
+            own, roots = _mapped(item.idxs, item.root_idxs, place)
+            if not len(own):
                 continue
-            if (last := int(channels.max())) >= len(scores):
+            if (last := int(own.max())) >= len(scores):
                 raise GraphError(
-                    f"Torch-Pruning's graph removes channel {last} of {self._name(module)!r}, which has "
-                    f"{len(scores)}: it does not follow this model; idap.prune_filters has a graph of its own"
+                    f"the group removes channel {last} of {self._name(module)!r}, which has {len(scores)}: either it "
+                    "was made before the model was pruned (ask the DependencyGraph anew), or Torch-Pruning's graph "
+                    "does not follow this model (idap.prune_filters has a graph of its own)"
                 )
-            members.append(_scattered(scores[channels], roots, size, _REDUCTIONS[self.reduction]))
-            ranks.append(_scattered((channels + before).double(), roots, size, "amin"))
+            members.append(_scattered(scores[own], roots, size, _REDUCTIONS[self.reduction]))
+            ranks.append(_scattered((own + before).double(), roots, size, "amin"))
         if not members:
             self._skip(group)
             return None
-        total = self._reduce(torch.stack(members))
-        if self.normalize and (scale := total.abs().mean()) > 0:
-            total = total / scale
+        rows = torch.stack(members)
+        largest = rows.nan_to_num(nan=0.0).abs().max()
+        if self.normalize and largest > 0:
+            rows = rows / largest  # their sum stays finite, whatever they are
+        total = self._reduce(rows)
+        if self.normalize and (mean := total.abs().mean()) > 0:
+            total = total / mean
         rank = torch.stack(ranks).nan_to_num(nan=torch.inf).amin(0).nan_to_num(posinf=0.0)
-        total = total + total.abs().clamp_min(_ZERO) * rank * _STEP
-        return total.to(_device_of(group))
+        return _apart(total, rank)[torch.from_numpy(inverse)].to(_device_of(group))
 
     def _reduce(self, rows: Tensor) -> Tensor:  # (members, size), NaN where a member lacks the channel
         missing = rows.isnan()
@@ -173,10 +200,7 @@ class ChannelImportance(tp.importance.Importance):
             return
         modules = dict(self.model.named_modules())
         if not any(item.dep.target.module in modules.values() for item in group):
-            raise InvalidInputError(
-                f"the group is of another {type(self.model).__name__} than the one of this importance: make "
-                "both from the same object, not from a copy"
-            )
+            raise self._other_model()
         if isinstance(self.scores, Mapping):
             if self._channels:
                 raise InvalidInputError(
@@ -188,7 +212,9 @@ class ChannelImportance(tp.importance.Importance):
             found = self.scores(self.model)
         else:
             assert self.batches is not None
-            passed = profile(self.model, self.batches, blocks=(), heads=(), progress=False)
+            passed = profile(
+                self.model, self.batches, blocks=(), heads=(), progress=False, forward=self.forward
+            )
             found = self.criterion(self.model, passed)
         before = 0
         channels: dict[nn.Module, tuple[Tensor, int]] = {}
@@ -203,7 +229,10 @@ class ChannelImportance(tp.importance.Importance):
 
     def _skip(self, group: tp.Group) -> None:
         root = group[0].dep.target
-        name = self._name(root.module) or root.name
+        name = self._name(root.module)
+        if not name and isinstance(root.module, nn.Module):
+            raise self._other_model()
+        name = name or root.name
         if name not in self.skipped:
             kind = type(root.module).__name__
             self.skipped[name] = (
@@ -211,8 +240,27 @@ class ChannelImportance(tp.importance.Importance):
             )
             warnings.warn(f"left unpruned: {self.skipped[name]}", stacklevel=3)
 
+    def _other_model(self) -> InvalidInputError:
+        return InvalidInputError(
+            f"the group is of another {type(self.model).__name__} than the one of this importance: make both from "
+            "the same object, not from a copy"
+        )
+
     def _name(self, layer: nn.Module) -> str:
         return next((name for name, module in self.model.named_modules() if module is layer), "")
+
+
+def _apart(scores: Tensor, rank: Tensor) -> Tensor:
+    """Scores that are all different, equal ones by rank (lower is less); none changes places with another."""
+    order = torch.from_numpy(np.lexsort((rank.numpy(), scores.numpy())))
+    ascending = scores[order]
+    values = ascending + ascending.abs().clamp_min(_ZERO) * (rank[order] * _STEP)
+    if (values.diff() <= 0).any():
+        steps = values.tolist()
+        for i in range(1, len(steps)):
+            steps[i] = max(steps[i], math.nextafter(steps[i - 1], math.inf))
+        values = torch.tensor(steps, dtype=torch.float64)
+    return torch.empty_like(scores).scatter_(0, order, values)
 
 
 def _mapped(idxs: list[int], root_idxs: list[int | None], place: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import idap
 from idap import criteria
-from idap.errors import InvalidInputError, NonFiniteError
+from idap.errors import GraphError, InvalidInputError, NonFiniteError
 from idap.integrations.torch_pruning import ChannelImportance
 
 SEEN = (nn.modules.conv._ConvNd, nn.Linear)
@@ -260,6 +260,10 @@ def test_every_pruner_in_steps_with_training_between(kind, ranking):
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
         optimizer.step()
         model.eval()
+        importance.refresh()  # regularizing asked for scores before the weights changed
+        fresh = ChannelImportance(model, [x])
+        for group in pruner.DG.get_all_groups(ignored_layers=[model.fc]):
+            torch.testing.assert_close(importance(group), fresh(group), rtol=0, atol=0)
         pruner.step()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         sizes.append(sum(p.numel() for p in model.parameters()))
@@ -410,6 +414,13 @@ def test_unusable_arguments():
             ChannelImportance(model, **arguments)
     with pytest.raises(InvalidInputError, match="Tensor"):
         ChannelImportance(x, [x])
+    for arguments, word in (
+        ({"batches": x}, "one tensor"),
+        ({"scores": 3}, "got int"),
+        ({"batches": [x], "criterion": "taylor"}, "'taylor'"),
+    ):
+        with pytest.raises(InvalidInputError, match=word):
+            ChannelImportance(model, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -437,10 +448,55 @@ def test_nan_activations_name_the_layer():
         pruned(model, x, ChannelImportance(model, [x]))
 
 
+def test_scores_at_the_edges_of_double_precision_keep_their_order():
+    model, x = prepared("chain")
+    [group] = [g for g in groups(model, x) if g[0].dep.target.module is model.conv1]
+    for low, high in ((5e-301, 8e-301), (1e-300, 1.0), (1e307, 1.7e308), (-1.7e308, -1e307), (-1.0, 1.0)):
+        given = torch.linspace(0, 1, 16, dtype=torch.float64)[torch.randperm(16)] * (high - low) + low
+        given[3] = given[5]
+        for normalize in ("mean", None):
+            value = ChannelImportance(model, scores={"conv1": given}, normalize=normalize)(group)
+            assert value.isfinite().all()
+            assert len(value.unique()) == 16
+            assert torch.equal(value.argsort(), given.argsort(stable=True))
+
+
+def test_channels_named_twice_and_none_at_all():
+    model, x = prepared("residual")
+    graph = tp.DependencyGraph().build_dependency(model, (x,))
+    importance = ChannelImportance(model, [x], normalize=None)
+    part = lambda idxs: importance(graph.get_pruning_group(model.b, tp.prune_conv_out_channels, idxs))
+    assert torch.equal(part([3, 3, 5]), part([3, 5])[[0, 0, 1]])
+    assert part([]).shape == (0,)
+
+
+def test_batches_of_pairs_need_forward():
+    model, x = prepared("chain")
+    pairs = [(x, torch.zeros(len(x)))]
+    importance = ChannelImportance(model, pairs, forward=lambda model, batch: model(batch[0]))
+    plain = ChannelImportance(model, [x])
+    for group in groups(model, x):
+        assert torch.equal(importance(group), plain(group))
+
+
+def test_a_group_made_before_the_pruning_is_refused():
+    model, x = prepared("chain")
+    importance = ChannelImportance(model, [x])
+    graph = tp.DependencyGraph().build_dependency(model, (x,))
+    old = graph.get_pruning_group(model.conv1, tp.prune_conv_out_channels, list(range(16)))
+    graph.get_pruning_group(model.conv1, tp.prune_conv_out_channels, [0, 1]).prune()
+    with pytest.raises(GraphError, match="channel 15 of 'conv1', which has 14"):
+        importance(old)
+
+
 def test_another_model_or_old_scores_are_refused():
     model, x = prepared("chain")
+    importance = ChannelImportance(copy.deepcopy(model), [x])
     with pytest.raises(InvalidInputError, match="same object"):
-        ChannelImportance(copy.deepcopy(model), [x])(groups(model, x)[0])
+        importance(groups(model, x)[0])
+    importance(groups(importance.model, x)[0])
+    with pytest.raises(InvalidInputError, match="same object"):
+        importance(groups(model, x)[0])
     fixed = idap.flow_divergence(model, idap.profile(model, [x], blocks=()))
     importance = ChannelImportance(model, scores=fixed)
     with pytest.raises(InvalidInputError, match="pruned since"):
