@@ -1,4 +1,4 @@
-"""Kernel throughput beside eager PyTorch, the released expression and torch.compile.
+"""Kernel throughput beside eager PyTorch, the released expression, torch.compile and, on a GPU, Triton's kernels.
 
 python benchmarks/bench_kernels.py --device cpu --json benchmarks/results/kernels-cpu.json
 
@@ -17,7 +17,7 @@ from peers import eager_channel_stats, eager_filter_norms, eager_pair_stats, rel
 from timing import environment, geometric_mean, sample_times, write_json
 from torch import Tensor
 
-from idap_kernels import channel_stats, filter_norms, pair_stats
+from idap_kernels import available_backends, channel_stats, filter_norms, pair_stats
 
 
 def check_close(got: Tensor, wanted: Tensor, scale: Tensor, what: str, tolerance: float = 2e-4) -> None:
@@ -42,6 +42,11 @@ def read_ceiling(x: Tensor) -> Callable[[], object] | None:
     return lambda: _cpu.read_memory(x.data_ptr(), size, torch.get_num_threads())
 
 
+def triton_works(device: str) -> bool:
+    """Whether Triton's kernels are timed beside those that ``auto`` takes: on a GPU where they run."""
+    return device == "cuda" and available_backends()["triton"] is None
+
+
 def bench_channel_stats(case: Case, device: str, seconds: float, compile_peer: bool) -> dict[str, Any]:
     x = case.make(device)
     dim = case.channel_dim
@@ -59,7 +64,9 @@ def bench_channel_stats(case: Case, device: str, seconds: float, compile_peer: b
         torch._dynamo.reset()
         compiled = torch.compile(eager_channel_stats, dynamic=False)
         functions["compile"] = lambda: compiled(x, dim)
-    for name in ("eager", "compile"):
+    if triton_works(device):
+        functions["triton"] = lambda: channel_stats(x, channel_dim=dim, backend="triton").state
+    for name in ("eager", "compile", "triton"):
         if name in functions:
             got = functions[name]()
             assert isinstance(got, Tensor)
@@ -82,6 +89,10 @@ def bench_pair_stats(case: Case, device: str, seconds: float, compile_peer: bool
         torch._dynamo.reset()
         compiled = torch.compile(eager_pair_stats, dynamic=False)
         functions["compile"] = lambda: compiled(x, y)
+    if triton_works(device):
+        functions["triton"] = lambda: pair_stats(x, y, backend="triton")
+        got = pair_stats(x, y, backend="triton").state
+        check_close(got, wanted, wanted[0].expand_as(wanted), f"Triton's pair_stats on {case.name}")
     times = sample_times(functions, seconds=seconds, device=device)
     return summarize(case.name, 2 * case.nbytes, times, device)
 
@@ -113,6 +124,8 @@ def bench_filter_norms(device: str, seconds: float, compile_peer: bool) -> dict[
         torch._dynamo.reset()
         compiled = torch.compile(eager_filter_norms, dynamic=False)
         functions["compile"] = lambda: compiled(weights)
+    if triton_works(device):
+        functions["triton"] = lambda: filter_norms(weights, backend="triton")
     nbytes = sum(w.numel() * w.element_size() for w in weights)
     return summarize(
         "resnet50-weights", nbytes, sample_times(functions, seconds=seconds, device=device), device
@@ -168,7 +181,7 @@ def main() -> None:
         print_row("filter_norms", row)
     result["summary"] = summary = {}
     for op, rows in result["ops"].items():
-        for peer in ("eager", "released", "compile"):
+        for peer in ("eager", "released", "compile", "triton"):
             ratios = [r["speedup"][peer] for r in rows if peer in r["speedup"]]
             if ratios:
                 summary[f"{op}/{peer}"] = {"geomean": geometric_mean(ratios), "worst": min(ratios)}

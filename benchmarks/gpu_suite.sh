@@ -74,7 +74,8 @@ for name in "${STEPS[@]}"; do
       step backend 60 "$PYTHON" -c 'import sys, idap_kernels; sys.exit(idap_kernels.available_backends()["cuda"])'
       ;;
     tests)
-      step tests 580 "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/kernels/test_cuda_gpu.py
+      step tests 580 "$PYTHON" -m pytest -q -rs -p no:cacheprovider \
+        tests/kernels/test_cuda_gpu.py tests/kernels/test_triton.py -k gpu
       ;;
     sanitize)
       sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .errors import BackendUnavailable, InvalidInputError
 
-BACKENDS = ("reference", "cpu", "cuda")
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 ACTIVATION_CODES = {"relu": 0, "identity": 1, "gelu": 2, "silu": 3}
@@ -72,7 +72,7 @@ def select(x: Tensor, backend: str) -> Backend:
         for name in AUTO_ORDER.get(x.device.type, ("reference",)):
             reason = why_not(name, x)
             if reason is None:
-                return backend_module(name)
+                return _OrNext(backend_module(name), x) if name == "triton" else backend_module(name)
             reasons.append(f"{name}: {reason}")
         raise BackendUnavailable(
             f"no backend can run on a {x.dtype} tensor on {x.device}: " + "; ".join(reasons)
@@ -84,6 +84,41 @@ def select(x: Tensor, backend: str) -> Backend:
             f"backend {backend!r} cannot run this call: {reason}. Use backend='auto' to let another one run."
         )
     return backend_module(backend)
+
+
+class _OrNext:
+    """A backend that compiles its kernels as they are needed. One that does not compile takes the backend out of
+    service, with its reason, and the call goes to the next of ``auto``; nothing was written by then."""
+
+    def __init__(self, module: Backend, x: Tensor) -> None:
+        self.module, self.x = module, x
+
+    def unavailable(self) -> str | None:
+        return self.module.unavailable()
+
+    def refuses(self, x: Tensor) -> str | None:
+        return self.module.refuses(x)
+
+    def channel_stats(
+        self, x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
+    ) -> None:
+        try:
+            self.module.channel_stats(x, channel_dim, sample_dim, activation, state, accumulate)
+        except BackendUnavailable:
+            following = select(self.x, "auto")
+            following.channel_stats(x, channel_dim, sample_dim, activation, state, accumulate)
+
+    def pair_stats(self, x: Tensor, y: Tensor, row_dims: int, out: Tensor) -> None:
+        try:
+            self.module.pair_stats(x, y, row_dims, out)
+        except BackendUnavailable:
+            select(self.x, "auto").pair_stats(x, y, row_dims, out)
+
+    def filter_norms(self, weights: list[Tensor], dim: int, out: Tensor) -> None:
+        try:
+            self.module.filter_norms(weights, dim, out)
+        except BackendUnavailable:
+            select(self.x, "auto").filter_norms(weights, dim, out)
 
 
 def check_backend_name(backend: str) -> None:

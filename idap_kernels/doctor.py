@@ -10,22 +10,36 @@ from typing import Any
 
 import torch
 
-from .backends import cpu, cuda
+from .backends import cpu, cuda, triton
 from .build_info import build_info
-from .dispatch import AUTO_ORDER, available_backends
+from .dispatch import AUTO_ORDER, available_backends, why_not
 from .version import __version__
 
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch-pruning", "safetensors", "numpy")
-VARIABLES = ("IDAP_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # read at run time
+PACKAGES = ("torch", "triton", "torchvision", "timm", "transformers", "torch-pruning", "safetensors", "numpy")
+VARIABLES = (  # read at run time
+    "IDAP_ISA",
+    "IDAP_TRITON_TUNE",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def report() -> dict[str, Any]:
     """Versions, machine, backends and build record, as data for JSON.
 
     ``backends`` has for each name ``works``, ``detail`` where it works and ``reason`` where it does not.
-    ``auto`` says which backend a call gets on each kind of device.
+    ``auto`` says which backend a call gets on each kind of device. On a GPU its backends are tried first, which may
+    take some seconds.
     """
+    probes = {"cpu": torch.empty(1, 1)}
+    if torch.cuda.is_available():
+        probes["cuda"] = torch.empty(1, 1, device="cuda")
     reasons = available_backends()
+    for name in ("cuda", "triton"):
+        if reasons[name] is None and "cuda" in probes and not (name == "triton" and triton.interpreting()):
+            reasons[name] = why_not(name, probes["cuda"])
     return {
         "idap": __version__,
         "python": platform.python_version(),
@@ -45,9 +59,8 @@ def report() -> dict[str, Any]:
             for name, reason in reasons.items()
         },
         "auto": {
-            device: next(name for name in order if reasons[name] is None)
-            for device, order in AUTO_ORDER.items()
-            if device == "cpu" or torch.cuda.is_available()
+            device: next(name for name in AUTO_ORDER[device] if why_not(name, probe) is None)
+            for device, probe in probes.items()
         },
         "build": build_info(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -89,6 +102,9 @@ def _detail(name: str) -> str:
             f"compiled for sm_{cuda.architectures()}, CUDA runtime {versions['runtime']}, "
             f"driver {versions['driver']}"
         )
+    if name == "triton":
+        how = "run in Python, on CPU tensors" if triton.interpreting() else "compiled at their first use"
+        return f"Triton {triton.version()}, kernels {how}"
     return "plain PyTorch, in float64"
 
 

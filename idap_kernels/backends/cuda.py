@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..build_info import extension_missing
 from ..dispatch import ACTIVATION_CODES, DTYPE_CODES
-from . import reference
+from .self_check import self_check
 
 _native: Any
 try:
@@ -101,7 +102,13 @@ def _device_broken(index: int) -> str | None:
         elif code:
             reason = f"the kernels do not load: {error}: {text}"
         else:
-            reason = _self_check(torch.device("cuda", index))
+            device = torch.device("cuda", index)
+            try:
+                with torch.cuda.device(device):
+                    wrong = self_check(sys.modules[__name__], device)  # type: ignore[arg-type]
+                reason = f"self-check failed: {wrong} on this GPU" if wrong else None
+            except (RuntimeError, ValueError) as error:
+                reason = f"self-check failed: {error}"
     _device_reasons[index] = reason
     return reason
 
@@ -186,49 +193,3 @@ def filter_norms(weights: list[Tensor], dim: int, out: Tensor) -> None:
         table.append((w.data_ptr(), DTYPE_CODES[w.dtype], w.shape, w.stride(), dim % w.dim(), address))
         address += 8 * w.shape[dim]
     _native.filter_norms(table, out.device.index, torch.cuda.current_stream(out.device).cuda_stream)
-
-
-def _self_check(device: torch.device) -> str | None:
-    """Each shape of work once, against the reference on the same device: a wrong kernel must not serve."""
-
-    def wave(*shape: int) -> Tensor:  # no random numbers: the caller's generator stays as it is
-        n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device=device)
-        return ((n * 0.7).sin() * 3 + (n * 0.013).cos()).reshape(shape)
-
-    # (what, map, channel_dim): whole rows, pieces of rows, channels-last pieces, thread by thread
-    maps = [
-        ("7x7 maps", wave(3, 5, 7, 7), 1),
-        ("long rows", wave(2, 3, 48, 52), 1),
-        ("tokens", wave(3, 90, 12), 2),
-        ("vectors", wave(5, 13), 1),
-    ]
-    try:
-        with torch.no_grad(), torch.cuda.device(device):
-            for what, y, channel_dim in maps:
-                for dtype in (torch.float32, torch.bfloat16):
-                    x = y.to(dtype)
-                    got = wave(11, x.shape[channel_dim]).fill_(torch.nan)
-                    want = torch.empty_like(got)
-                    for accumulate in (False, True):
-                        channel_stats(x, channel_dim, 0, "relu", got, accumulate)
-                        reference.channel_stats(x, channel_dim, 0, "relu", want, accumulate)
-                    if not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
-                        return f"self-check failed: channel_stats of {what} in {dtype} is wrong on this GPU"
-            for rows, row_dims in (((3, 3000), 1), ((4, 5, 33), 2)):
-                x, y = wave(*rows).float(), wave(*rows).flip(0).float()
-                got = wave(4, x.flatten(0, row_dims - 1).shape[0]).fill_(torch.nan)
-                want = torch.empty_like(got)
-                pair_stats(x, y, row_dims, got)
-                reference.pair_stats(x, y, row_dims, want)
-                if not torch.allclose(got, want, rtol=1e-5, atol=1e-5):
-                    return "self-check failed: pair_stats is wrong on this GPU"
-            weights = [wave(7, 3, 3, 3).float(), wave(5, 11).half()]
-            norms = wave(12).fill_(torch.nan)
-            filter_norms(weights, 0, norms)
-            exact = torch.empty_like(norms)
-            reference.filter_norms(weights, 0, exact)
-            if not torch.allclose(norms, exact, rtol=1e-5, atol=0):
-                return "self-check failed: filter_norms is wrong on this GPU"
-    except (RuntimeError, ValueError) as error:
-        return f"self-check failed: {error}"
-    return None
