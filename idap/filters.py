@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -569,12 +569,13 @@ def plan_channels(
 
     Coupled channels go if every layer that makes them has them in ``removed``; depthwise convolutions and norms
     follow the layer before them. What stays, and why, is in ``plan.skipped``. The pruned model computes what
-    ``model`` computes with the removed channels' contributions at zero: that is the masked model itself, where
-    biases and batch norms were masked too (:func:`prune_channels`).
+    ``model`` computes with the removed channels' contributions at zero: all that they carry when a layer reads
+    them, also constants that a bias, a norm or an added parameter gave them on the way.
 
     Args:
-        model: without masks; see :func:`remove_masks`.
-        removed: per layer name, channel numbers, as :func:`masked_channels` gives them.
+        model: without masks of ``torch.nn.utils.prune``, which ``prune.remove`` makes permanent.
+        removed: per layer name, channel numbers, such as
+            :func:`idap.integrations.nn_utils_prune.masked_channels` gives.
         example_inputs: as for :func:`idap.prune_filters`, and so are ``exact`` and ``verify``.
 
     Raises:
@@ -586,16 +587,24 @@ def plan_channels(
         raise InvalidInputError(
             "model still has masks of torch.nn.utils.prune: remove them first (prune.remove)"
         )
+    if not isinstance(removed, Mapping):
+        raise InvalidInputError(
+            f"removed: got {type(removed).__name__}, wanted a mapping from layer names to channel numbers"
+        )
     gone: dict[str, set[int]] = {}
-    for name, channels in removed.items():
+    for name, given in removed.items():
         module = modules.get(name)
         if module is None or not is_scored(module):
             what = "not there" if module is None else f"a {type(module).__name__}"
             raise InvalidInputError(f"removed: {name!r} is {what}; wanted convolutions and linear layers")
+        try:
+            channels = torch.as_tensor(given).flatten().tolist()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(
+                f"removed[{name!r}]: got {type(given).__name__}, wanted channel numbers"
+            ) from error
         width = len(filters_first(module, module.weight))
-        bad = [
-            c for c in channels if isinstance(c, bool) or not isinstance(c, Integral) or not 0 <= c < width
-        ]
+        bad = [c for c in channels if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < width]
         if bad:
             raise InvalidInputError(
                 f"removed[{name!r}]: got {bad[0]!r}, wanted channels from 0 to {width - 1}"
