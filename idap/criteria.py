@@ -25,7 +25,7 @@ from .calibration import following_norms
 from .errors import EmptyDataError, InvalidInputError, NonFiniteError
 from .heads import head_divergence
 from .inputs import Inputs
-from .profile import ActivationProfile, is_scored, is_transposed_linear
+from .profile import CONVOLUTIONS, ActivationProfile, is_scored, is_transposed_linear
 
 Criterion = Callable[[nn.Module, ActivationProfile], dict[str, Tensor]]
 
@@ -244,6 +244,26 @@ def filters_first(module: nn.Module, weight: Tensor) -> Tensor:
     if is_transposed_linear(module):  # (in, out)
         return weight.t()
     return weight
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a transposed convolution, with its weight as (in, out / groups, *)."""
+    return isinstance(module, TRANSPOSED)
+
+
+def groups_of(module: nn.Module) -> int:
+    """The groups of a convolution; 1 for any other layer."""
+    return module.groups if isinstance(module, CONVOLUTIONS) else 1
+
+
+def out_width(module: nn.Module) -> int:
+    """The number of output channels of a convolution or linear layer, by the shape of its weight."""
+    return len(filters_first(module, module.weight))  # type: ignore[arg-type]
+
+
+def places(values: Tensor) -> Tensor:
+    """The place of each value (C,) in ascending order, 0 … C − 1 in int64; of equals the lower index first."""
+    return values.argsort(stable=True).argsort()
 
 
 RIVALS: dict[str, Criterion] = {

@@ -23,7 +23,7 @@ from . import inputs as _inputs
 from . import plan as _plan
 from .adapters.attention import count_heads
 from .adapters.multihead import projections_called
-from .criteria import filters_first
+from .criteria import out_width
 from .errors import (
     IdapError,
     InvalidInputError,
@@ -603,7 +603,7 @@ def plan_channels(
             raise InvalidInputError(
                 f"removed[{name!r}]: got {type(given).__name__}, wanted channel numbers"
             ) from error
-        width = len(filters_first(module, module.weight))
+        width = out_width(module)
         bad = [c for c in channels if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < width]
         if bad:
             raise InvalidInputError(

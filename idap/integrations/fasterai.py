@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ try:
 except ImportError as error:
     raise ImportError("idap.integrations.fasterai needs fasterai >= 0.4: pip install fasterai") from error
 
-from ..criteria import Criterion, filters_first, flow_divergence
-from ..errors import InvalidInputError, NonFiniteError
-from ..profile import CONVOLUTIONS, is_scored, is_transposed_linear
+from ..criteria import Criterion, filters_first, flow_divergence, groups_of, is_transposed, out_width
+from ..errors import InvalidInputError
+from ..filters import check_scores
+from ..profile import is_scored, is_transposed_linear
 from ..profile import profile as _profile
 
 _OUTPUTS = ("filter", "row")  # what fasterai's Pruner asks of the layers that make the channels of a group
@@ -61,6 +63,9 @@ class ProfileCriteria(Criteria):
         forward: called as ``forward(model, batch)`` with each batch as it comes, in place of
             ``model(inputs)`` with the inputs of a pair ``(inputs, targets)``.
 
+    Raises:
+        InvalidInputError: the criterion is no function, or ``n_batches`` no number of batches.
+
     Calling it raises:
         InvalidInputError: it was not calibrated on the layer asked about, the granularity is not of this kind
             of layer, or widths changed and the data was an iterator, which cannot be read again.
@@ -76,6 +81,12 @@ class ProfileCriteria(Criteria):
         backend: str = "auto",
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ):
+        if not callable(criterion):
+            raise InvalidInputError(
+                f"criterion: got {type(criterion).__name__}, wanted a function of (model, profile), such as "
+                "idap.flow_divergence; for scores that you have, lambda model, profile: scores"
+            )
+        _check_n_batches(n_batches)
         super().__init__(torch.abs, reducer=_root_sum_of_squares, normalizer=normalizer, needs_data=True)
         self.scale: dict[nn.Module, Tensor] = {}
         self.criterion = criterion
@@ -105,11 +116,19 @@ class ProfileCriteria(Criteria):
 
         Raises:
             EmptyDataError: there is no batch.
-            InvalidInputError: the model has no layer of ``layer_type`` with filters, or the criterion gave a
-                score of the wrong length.
+            InvalidInputError: the model has no layer of ``layer_type`` with filters, ``n_batches`` is no number
+                of batches, or the criterion gave no mapping, a layer the model has not, or a score of the wrong
+                length.
             NonFiniteError: an activation or a score is NaN or infinite; names the layer.
             What :func:`idap.profile` raises besides.
         """
+        _check_n_batches(n_batches)
+        try:
+            isinstance(model, layer_type or nn.Module)
+        except TypeError as error:
+            raise InvalidInputError(
+                f"layer_type: got {layer_type!r}, wanted a type of layer such as nn.Conv2d, a tuple of them, or None"
+            ) from error
         names = {
             name: module
             for name, module in model.named_modules()
@@ -119,7 +138,8 @@ class ProfileCriteria(Criteria):
         }
         if not names:
             raise InvalidInputError(
-                f"{type(model).__name__} has no layer with filters of type {layer_type}: give layer_type"
+                f"{type(model).__name__} has no {_type_names(layer_type)} with filters; wanted a type of its "
+                "convolutions or linear layers as layer_type, or None for all of them"
             )
         limit = self.n_batches if n_batches is None else n_batches
         seen = _profile(
@@ -133,13 +153,14 @@ class ProfileCriteria(Criteria):
             progress=False,
             forward=self.forward,
         )
-        given = self.criterion(model, seen)
+        given = check_scores(model, self.criterion(model, seen))
         scale, norms = {}, {}
         for name, values in given.items():
             module = names.get(name)
             if module is None:
                 continue
-            scale[module] = _checked(name, module, values)
+            scores = torch.from_numpy(values)
+            scale[module] = (scores - scores.min().clamp(max=0)).to(_master(module).device)
             norms[module] = _filters(module, _master(module).detach().double()).norm(dim=1)
         self.scale, self._norms = scale, norms
         self._names = {module: name for name, module in names.items()}
@@ -161,7 +182,7 @@ class ProfileCriteria(Criteria):
         self._follow_widths()
         if squeeze and g in _INPUTS:
             return torch.zeros(
-                filters_first(m, _master(m)).shape[1] * _groups(m),
+                filters_first(m, _master(m)).shape[1] * groups_of(m),
                 dtype=torch.float64,
                 device=_master(m).device,
             )
@@ -175,7 +196,7 @@ class ProfileCriteria(Criteria):
         dim = self._dimensions(m, g)
         scores: Tensor = self._reduce(values, dim)
         joined = _axes(dim)
-        if joined == _axes(range(1, values.dim() + 1)) - {1 if _is_transposed(m) else 0}:
+        if joined == _axes(range(1, values.dim() + 1)) - {1 if is_transposed(m) else 0}:
             some = alive.amax(sorted(joined), keepdim=True) > 0
             scores = _apart(scores.flatten(), some.flatten()).view_as(scores)
         scores = self._normalized(scores)
@@ -207,12 +228,12 @@ class ProfileCriteria(Criteria):
             raise InvalidInputError(f"fasterai has no granularity {g!r} for {type(m).__name__}") from error
 
     def _follow_widths(self) -> None:
-        changed = next((m for m, scale in self.scale.items() if len(scale) != _width(m)), None)
+        changed = next((m for m, scale in self.scale.items() if len(scale) != out_width(m)), None)
         if changed is None:
             return
         if self._source is None:
             raise InvalidInputError(
-                f"layer {self._names[changed]!r} has {_width(changed)} channels, the scores are "
+                f"layer {self._names[changed]!r} has {out_width(changed)} channels, the scores are "
                 f"of {len(self.scale[changed])}: call calibrate again, or give it a list or a DataLoader to read again"
             )
         self.calibrate(*self._source)
@@ -244,15 +265,16 @@ def _axes(dim: Iterable[int]) -> set[int]:
     return {d - 1 for d in dim if d > 0}
 
 
-def _checked(name: str, module: nn.Module, values: Tensor) -> Tensor:
-    if values.shape != (_width(module),):
-        raise InvalidInputError(
-            f"the criterion scores layer {name!r} by {tuple(values.shape)}, wanted ({_width(module)},)"
-        )
-    if not values.isfinite().all():
-        raise NonFiniteError(f"the criterion gives layer {name!r} a score that is NaN or infinite")
-    values = values.detach().double()
-    return values - values.min().clamp(max=0)
+def _check_n_batches(n_batches: int | None) -> None:
+    if n_batches is not None and (
+        not isinstance(n_batches, Integral) or isinstance(n_batches, bool) or n_batches < 1
+    ):
+        raise InvalidInputError(f"n_batches: got {n_batches!r}, wanted a number of batches, or None for all")
+
+
+def _type_names(layer_type: Any) -> str:
+    types = layer_type if isinstance(layer_type, tuple) and layer_type else (layer_type or None,)
+    return " or ".join("layer" if each is None else getattr(each, "__name__", repr(each)) for each in types)
 
 
 def _apart(values: Tensor, alive: Tensor) -> Tensor:
@@ -265,18 +287,6 @@ def _apart(values: Tensor, alive: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(0, order, rising) * alive
 
 
-def _groups(module: nn.Module) -> int:
-    return module.groups if isinstance(module, CONVOLUTIONS) else 1
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, CONVOLUTIONS) and module.transposed
-
-
-def _width(module: nn.Module) -> int:
-    return len(filters_first(module, _master(module)))
-
-
 def _filters(module: nn.Module, values: Tensor) -> Tensor:
     """Something of the shape of the weight as (out_channels, weights of a filter)."""
     return filters_first(module, values).flatten(1)
@@ -284,8 +294,8 @@ def _filters(module: nn.Module, values: Tensor) -> Tensor:
 
 def _per_weight(module: nn.Module, values: Tensor, weight: Tensor) -> Tensor:
     """Values of output channels (out_channels,) so that they broadcast over the weight."""
-    if _is_transposed(module):  # (in, out / groups, *)
-        by_input = values.view(_groups(module), -1).repeat_interleave(len(weight) // _groups(module), 0)
+    if is_transposed(module):  # (in, out / groups, *)
+        by_input = values.view(groups_of(module), -1).repeat_interleave(len(weight) // groups_of(module), 0)
         return by_input.view(*by_input.shape, *[1] * (weight.dim() - 2))
     return values.view(-1, *[1] * (weight.dim() - 1))
 

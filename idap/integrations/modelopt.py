@@ -1,4 +1,4 @@
-"""Scores of a profile in NVIDIA ModelOpt (>= 0.40): FastNAS pruning by any criterion, and a forward hook.
+"""Scores of a profile in NVIDIA ModelOpt (>= 0.44): FastNAS pruning by any criterion, and a forward hook.
 
 FastNAS sorts the channels of every layer once, then searches how many of them each layer keeps: always the
 first ones. What decides *which* channels stay is therefore the importance of each hyperparameter (``hparam``)
@@ -36,21 +36,18 @@ try:
     from modelopt.torch.nas.hparams import ConcatTracedHp
     from modelopt.torch.nas.search_space import SearchSpace
     from modelopt.torch.opt.dynamic import DynamicModule
+    from modelopt.torch.prune.importance_hooks import ForwardHook
     from modelopt.torch.utils import unwrap_model
 except ImportError as error:
     raise ImportError(
-        "idap.integrations.modelopt needs NVIDIA ModelOpt >= 0.40: pip install 'nvidia-modelopt>=0.40' "
+        "idap.integrations.modelopt needs NVIDIA ModelOpt >= 0.44: pip install 'nvidia-modelopt>=0.44' "
         "'torchprofile==0.0.4'"
     ) from error
-try:
-    from modelopt.torch.prune.importance_hooks import ForwardHook
-except ImportError:  # it came with 0.44; before, a hook is called just the same
-    ForwardHook = object
 
 from idap_kernels import ChannelStats, channel_stats, filter_norms
 
 from .. import inputs as _inputs
-from ..criteria import TRANSPOSED, Criterion, filters_first, flow_divergence
+from ..criteria import Criterion, filters_first, flow_divergence, groups_of, is_transposed, places
 from ..errors import EmptyDataError, InvalidInputError, NonFiniteError
 from ..filters import REDUCTIONS, Floats, check_scores, group_scores
 from ..groups import Group, Member
@@ -137,12 +134,12 @@ def register_importance(
                 ranked = []
                 for part in _parts(hparam):
                     group = _group(name, hparam, part, makers)
-                    places = _places(part, group, checked, reduction) if part.is_sortable else None
-                    ranked.append((part, places))
-                    if part.is_sortable and places is None:
+                    order = _places(part, group, checked, reduction) if part.is_sortable else None
+                    ranked.append((part, order))
+                    if part.is_sortable and order is None:
                         layers = ", ".join(member.layer for member in group.members)
                         skipped[name] = f"no scores for {layers or 'what makes its channels'}"
-                if any(places is not None for _, places in ranked):
+                if any(order is not None for _, order in ranked):
                     chosen[name] = hparam, ranked
     if not chosen:
         raise InvalidInputError(
@@ -153,9 +150,9 @@ def register_importance(
         )
     for hparam, ranked in chosen.values():
         if isinstance(hparam, ConcatTracedHp):
-            for part, places in ranked:
-                if places is not None:
-                    part.enforce_order(places.argsort(descending=True))
+            for part, order in ranked:
+                if order is not None:
+                    part.enforce_order(order.argsort(descending=True))
         by_part = {id(part): torch.ones(part.max).double() if p is None else p for part, p in ranked}
         inputs = hparam._inputs if isinstance(hparam, ConcatTracedHp) else [hparam]
         hparam._importance_estimators.clear()  # there is no public way to take an importance back
@@ -288,9 +285,7 @@ def _places(part: Any, group: Group, scores: Mapping[str, Floats], reduction: st
         return None
     stored = np.empty_like(values)
     stored[part.active_slice] = values  # the order in which the layers now give their channels
-    places = torch.empty(part.max, dtype=torch.float64)
-    places[torch.from_numpy(np.argsort(stored, kind="stable"))] = torch.arange(1.0, part.max + 1).double()
-    return places
+    return 1.0 + places(torch.from_numpy(stored)).double()
 
 
 def _check_torchprofile() -> None:
@@ -323,7 +318,9 @@ _STATISTICS = (
     "min",
     "max",
 )
-_OPTIONS = ("statistic", "side", "activation", "sample_dim", "backend")
+_OPTIONS = ("statistic", "side", "activation", "sample_dim", "channel_dim", "backend")
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+_BATCHED_RANKS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
 
 
 class ChannelStatsHook(ForwardHook):
@@ -339,10 +336,11 @@ class ChannelStatsHook(ForwardHook):
     With ``statistic="flow_divergence"`` the score of channel ``k`` is
     ``(1 / (C·S)) · mean_b ‖σ(Y[b, k, :])‖₂ · ‖W_k‖₂`` (IDAP++, arXiv 2511.20141). For ``side="output"`` ``W_k``
     is what makes the channel; for ``side="input"``, where ModelOpt's own hooks look, ``Y`` is what enters the
-    layer and ``W_k`` what reads the channel. A layer without such weights counts as ``‖W_k‖₂ = 1``.
+    layer and ``W_k`` what reads the channel. A layer without such weights counts as ``‖W_k‖₂ = 1``, and so does
+    ``nn.Embedding``, whose every token reads another row.
 
     Args:
-        layer: the module whose channels are scored; convolutions have them in dimension 1, all others last.
+        layer: the module whose channels are scored.
             A 2-dimensional ``weight`` is (out, in), that of GPT-2's ``Conv1D`` (in, out).
         activation_hooks_kwargs: where ModelOpt makes the hooks itself it passes one mapping of options here;
             the entries that are named as an argument below count in its place, others are ignored.
@@ -351,6 +349,9 @@ class ChannelStatsHook(ForwardHook):
         side: ``"output"`` or ``"input"``: the tensor that is read; of several the first.
         activation: the ``σ`` of the flow norm: ``relu``, ``identity``, ``gelu`` or ``silu``.
         sample_dim: dimension of the samples; 1 for Megatron's (sequence, batch, hidden).
+        channel_dim: dimension of the channels, from either end; None for 1 in convolutions and in batch, instance
+            and group norms, and the last in all others. Give 1 for others that work on maps, such as ``nn.ReLU``
+            or ``nn.MaxPool2d``.
         backend: passed to the kernels; see :func:`idap_kernels.available_backends`.
 
     Attributes:
@@ -358,7 +359,8 @@ class ChannelStatsHook(ForwardHook):
             ``hook.stats = hook.stats.all_reduce()``; None before the first call.
 
     Raises:
-        InvalidInputError: an unknown statistic or side. In a call: no tensor, or one that does not fit.
+        InvalidInputError: an unknown statistic or side, a dimension that is no whole number. In a call: no tensor,
+            or one that does not fit.
     """
 
     def __init__(
@@ -370,6 +372,7 @@ class ChannelStatsHook(ForwardHook):
         side: str = "output",
         activation: str = "relu",
         sample_dim: int = 0,
+        channel_dim: int | None = None,
         backend: str = "auto",
     ) -> None:
         if not isinstance(layer, nn.Module):
@@ -379,6 +382,7 @@ class ChannelStatsHook(ForwardHook):
             "side": side,
             "activation": activation,
             "sample_dim": sample_dim,
+            "channel_dim": channel_dim,
             "backend": backend,
         }
         options |= {key: value for key, value in (activation_hooks_kwargs or {}).items() if key in _OPTIONS}
@@ -388,12 +392,16 @@ class ChannelStatsHook(ForwardHook):
             )
         if options["side"] not in ("output", "input"):
             raise InvalidInputError(f"side is {options['side']!r}; known are output, input")
+        for key in ("sample_dim", "channel_dim"):
+            if type(options[key]) is not int and not (options[key] is None and key == "channel_dim"):
+                raise InvalidInputError(f"{key}: got {options[key]!r}, wanted the number of a dimension")
         ChannelStats.empty(1, activation=options["activation"])  # raises where the activation is unknown
         self.layer = layer
         self.statistic: str = options["statistic"]
         self.side: str = options["side"]
         self.activation: str = options["activation"]
         self.sample_dim: int = options["sample_dim"]
+        self.channel_dim: int | None = options["channel_dim"]
         self.backend: str = options["backend"]
         self.stats: ChannelStats | None = None
         self.batches = 0
@@ -407,12 +415,14 @@ class ChannelStatsHook(ForwardHook):
             raise InvalidInputError(f"{type(module).__name__} has no tensor as {what}: hook another module")
         if x.numel() == 0:  # an expert to which no token was sent
             return
-        convolution = isinstance(self.layer, CONVOLUTIONS)
-        if x.dim() < (self.layer.weight.dim() if convolution else 2):  # type: ignore[union-attr,operator]
+        if x.dim() < _batched_rank(self.layer):
             x = x[None]  # an unbatched call is one sample
+        channel_dim = self.channel_dim
+        if channel_dim is None:
+            channel_dim = 1 if isinstance(self.layer, (*CONVOLUTIONS, *_NORMS)) else -1
         self.stats = channel_stats(
             x,
-            channel_dim=1 if convolution else -1,
+            channel_dim=channel_dim,
             sample_dim=self.sample_dim if x.dim() > 2 else 0,
             activation=self.activation,
             out=self.stats,
@@ -510,18 +520,24 @@ class ChannelStatsHook(ForwardHook):
         return repr(self.layer).partition("\n")[0]
 
 
+def _batched_rank(layer: nn.Module) -> int:
+    """The least number of dimensions that a batch of the layer has."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.weight.dim()
+    return next((rank for kind, rank in _BATCHED_RANKS.items() if isinstance(layer, kind)), 2)
+
+
 def _rows(layer: nn.Module, side: str) -> Tensor | None:
     """The weights with those of one channel of the side per row, or None if the layer has no such weights."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(layer, nn.Embedding):
         return None
     weight = weight.detach()
     if side == "output":
         return filters_first(layer, weight)
-    if isinstance(layer, TRANSPOSED) or is_transposed_linear(layer):  # (in, out / groups, *), (in, out)
+    if is_transposed(layer) or is_transposed_linear(layer):  # (in, out / groups, *), (in, out)
         return weight
-    groups = getattr(layer, "groups", 1)
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (out, in / groups, *)
+    return weight.unflatten(0, (groups_of(layer), -1)).transpose(1, 2).flatten(0, 1)  # (out, in / groups, *)
 
 
 __all__ = ["ChannelStatsHook", "Registered", "prune", "register_importance"]

@@ -14,6 +14,11 @@ masks are settled, cut the channels out::
     plan = idap.filters.plan_channels(model, removed, example_inputs)
     smaller = plan.apply(model)
 
+What adds a constant behind the mask goes with the channel too, and the cut model then differs from the masked one,
+in which the constant still reaches the next layers: a parameter that is added, the bias of a depthwise layer behind
+the layer (or of its norm), an activation with ``f(0) ≠ 0``. Without these, with the biases masked, and the norms by
+``example_inputs``, the two compute the same.
+
 Training leaves the masked weights with a history of gradients, and ``copy.deepcopy`` refuses those (of any pruning
 method of torch): profile such a model with ``idap.profile(model, batches, blocks=(), heads=())``.
 """
@@ -32,7 +37,7 @@ from torch.nn.utils import prune
 
 from ..adapters.attention import count_heads
 from ..calibration import following_norms
-from ..criteria import TRANSPOSED, filters_first
+from ..criteria import filters_first, groups_of, is_transposed, out_width, places
 from ..errors import InvalidInputError, NonFiniteError
 from ..filters import Floats, check_scores, rank_units
 from ..inputs import Inputs
@@ -86,11 +91,11 @@ def ln_structured_arguments(
                 f"layer {name!r} is a {type(module).__name__} with groups={module.groups}: along dim=1 "
                 "ln_structured removes one channel of every group at once; use ChannelPruning or prune_channels"
             )
-        places = 1.0 + _ranks(values) / len(values)
+        ranked = 1.0 + places(torch.from_numpy(values)).double() / len(values)
         arguments[name] = {
             "name": "weight",
             "dim": _channel_dim(module),
-            "importance_scores": _spread(module, places.to(_parameter(module, "weight", name).device)),
+            "importance_scores": _spread(module, ranked.to(_parameter(module, "weight", name).device)),
         }
     return arguments
 
@@ -173,7 +178,7 @@ class ChannelPruning(prune.BasePruningMethod):
             dim = None
         elif dim is None:
             dim = _channel_dim(module) if is_scored(module) else 0
-            groups = module.groups if _is_grouped_transposed(module) else 1  # type: ignore[assignment]
+            groups = groups_of(module) if is_transposed(module) else 1
         elif not -parameter.dim() <= dim < parameter.dim():
             raise InvalidInputError(
                 f"dim: got {dim} for {where}, which has {parameter.dim()} dimensions; wanted one of them"
@@ -185,7 +190,7 @@ class ChannelPruning(prune.BasePruningMethod):
         mask = getattr(module, f"{name}_mask", None)
         # Here, because torch drops the earlier method's hook when compute_mask raises.
         _count(amount, wanted if mask is None else int(shape._by_channel(mask != 0).any(1).sum()))
-        ranks = _ranks(values).to(parameter.device, torch.float32)
+        ranks = places(torch.from_numpy(values)).to(parameter.device, torch.float32)
         method: prune.BasePruningMethod = super().apply(  # type: ignore[assignment]
             module, name, amount, dim, groups, importance_scores=shape._to_shape(ranks, parameter)
         )
@@ -227,6 +232,10 @@ def prune_channels(
     fresh scores. Ties: the layer that comes first in ``scores`` goes first, and within a layer the lower index.
     Layers that feed one sum are masked independently; :func:`idap.filters.plan_channels` can cut only what all of
     them mask.
+
+    A cut takes along what adds a constant behind the mask: a parameter that is added, the bias of a depthwise layer
+    behind the layer (or of its norm), an activation with ``f(0) ≠ 0``. Where there is any, the cut model differs from
+    the masked one.
 
     Args:
         scores: per layer name (out_channels,), higher is kept; layers without scores are left alone, and so are
@@ -339,9 +348,9 @@ def _layer_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, F
             raise InvalidInputError(
                 f"scores: {name!r} is a {type(module).__name__}; wanted convolutions and linear layers"
             )
-        if len(values) != _width(module):
+        if len(values) != out_width(module):
             raise InvalidInputError(
-                f"scores[{name!r}]: got {len(values)} numbers, wanted {_width(module)}, one an output channel"
+                f"scores[{name!r}]: got {len(values)} numbers, wanted {out_width(module)}, one an output channel"
             )
         found[name] = values
     if not found:
@@ -364,13 +373,6 @@ def _numbers(scores: Tensor | Sequence[float], where: str) -> Floats:
     if len(bad):
         raise NonFiniteError(f"scores of {where}: channel {bad[0]} has {values[bad[0]]}, wanted numbers")
     return values
-
-
-def _ranks(values: Floats) -> Tensor:
-    """(channels,) in float64: the place of each in ascending order, from 0; of equals the lower index first."""
-    ranks = np.empty(len(values))
-    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
-    return torch.from_numpy(ranks)
 
 
 def _check_amount(amount: int | float) -> None:
@@ -404,23 +406,16 @@ def _parameter(module: nn.Module, name: str, where: str) -> Tensor:
 
 
 def _is_grouped_transposed(module: nn.Module) -> bool:
-    return isinstance(module, TRANSPOSED) and module.groups > 1
+    return is_transposed(module) and groups_of(module) > 1
 
 
 def _channel_dim(module: nn.Module) -> int:
-    return 1 if isinstance(module, TRANSPOSED) or is_transposed_linear(module) else 0
-
-
-def _width(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    groups = module.groups if _is_grouped_transposed(module) else 1
-    return weight.shape[_channel_dim(module)] * int(groups)  # type: ignore[arg-type]
+    return 1 if is_transposed(module) or is_transposed_linear(module) else 0
 
 
 def _spread(module: nn.Module, values: Tensor) -> Tensor:
     """``values`` (out_channels,), in the shape of the weight."""
-    groups = int(module.groups) if _is_grouped_transposed(module) else 1  # type: ignore[arg-type]
+    groups = groups_of(module) if is_transposed(module) else 1
     weight = module.weight
     assert isinstance(weight, Tensor)
     return ChannelPruning(0, _channel_dim(module), groups)._to_shape(values, weight)
@@ -430,7 +425,7 @@ def _masked(module: nn.Module) -> Any:
     """(out_channels,) bool array: all weights of the channel are masked."""
     mask = module._buffers.get("weight_mask")
     if mask is None:
-        return np.zeros(_width(module), dtype=bool)
+        return np.zeros(out_width(module), dtype=bool)
     return ~(filters_first(module, mask != 0).flatten(1).any(1).cpu().numpy())
 
 
@@ -439,7 +434,7 @@ def _mask(module: nn.Module, channels: Sequence[int], include_bias: bool) -> Non
         parameter = getattr(module, name, None)
         if parameter is None:
             continue
-        width = len(parameter) if parameter.dim() == 1 else _width(module)
+        width = len(parameter) if parameter.dim() == 1 else out_width(module)
         keep = torch.ones(width, dtype=parameter.dtype, device=parameter.device)
         keep[list(channels)] = 0
         prune.custom_from_mask(module, name, keep if parameter.dim() == 1 else _spread(module, keep))

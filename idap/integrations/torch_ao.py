@@ -22,6 +22,9 @@ How the structured pruner of torch 2.15 is limited, and what is done about it he
   gradient. Here a hook of the same kind does both right.
 - A graph that ``torch.fx.symbolic_trace`` cannot follow has no :meth:`~ChannelScoreSparsifier.prune`, residual sums,
   concatenations, transposed and grouped convolutions have no conversion. For those: :func:`idap.prune_filters`.
+- A layer whose weight or bias another one shares, or whose weight the graph reads besides, is left alone, as is a
+  linear layer whose batch norm is over tokens; where their number is that of the channels, which a graph does not
+  tell, the prepared model raises :class:`~idap.errors.SurgeryError` when it gets such an input.
 - ``load_state_dict`` is the library's, made for masks of single weights: keep the model, not the sparsifier's state.
 
 With ``patterns=`` the library's own conversions run as they are, with all its limits.
@@ -142,8 +145,9 @@ class ChannelScoreSparsifier(BaseStructuredSparsifier):  # type: ignore[misc]
                 ``nn.Conv2d`` and ``nn.Linear``. None for all that have scores and can be removed.
 
         Raises:
-            InvalidInputError: scores that do not fit the model, a configured layer without scores or of another
-                kind, a level out of range, or no layer that can be pruned. The model is as it was then.
+            InvalidInputError: scores that do not fit the model, a configured layer without scores, of another kind
+                or with a weight that another layer shares, a level out of range, or no layer that can be pruned.
+                The model is as it was then.
             SurgeryError: ``config`` is None and the graph of the model cannot be traced.
             NonFiniteError: a score is NaN or infinite; names the layer.
         """
@@ -185,10 +189,12 @@ class ChannelScoreSparsifier(BaseStructuredSparsifier):  # type: ignore[misc]
                     module._forward_hooks[key] = _Bias(hook.param, hook.prune_bias)
             norms = chains[name].norms if name in chains and self._own_patterns else ()
             self._norms[name] = tuple(model.get_submodule(norm) for norm in norms)
-            for norm in self._norms[name]:
+            for path, norm in zip(norms, self._norms[name], strict=True):
                 for parameter in ("weight", "bias"):
                     mask = _mask_of(module).clone()
                     parametrize.register_parametrization(norm, parameter, FakeStructuredSparsity(mask))
+                if isinstance(norm, nn.BatchNorm1d):
+                    norm.register_forward_pre_hook(_NoTokens(path, name))
 
     def step(self, use_path: bool = True) -> None:
         """Mask the lowest-scored channels of every layer up to its level; fresh scores if ``scores`` is a function.
@@ -265,6 +271,7 @@ class ChannelScoreSparsifier(BaseStructuredSparsifier):  # type: ignore[misc]
                 del module._bias
                 module.bias = bias
             for norm in self._norms[group["module_fqn"]]:
+                _remove_token_checks(norm)
                 for parameter in ("weight", "bias"):
                     parametrize.remove_parametrizations(norm, parameter, leave_parametrized=True)
 
@@ -294,6 +301,11 @@ class ChannelScoreSparsifier(BaseStructuredSparsifier):  # type: ignore[misc]
                 f"config: {full!r} is {'of no layer' if module is None else 'of a ' + type(module).__name__}; the "
                 "library masks weights of nn.Conv2d and nn.Linear (not yet parametrised)"
             )
+        if shared := _shared(module, _owners(model)):  # type: ignore[arg-type]
+            raise InvalidInputError(
+                f"config: the {shared} of layer {name!r} is shared with another layer, which would change with it; "
+                "leave it out, or give the layers weights of their own"
+            )
         if fixed is not None and name not in fixed:
             raise InvalidInputError(f"scores: none of layer {name!r}, which is to be pruned")
         if self._own_patterns and not entry.get("prune_bias", True):
@@ -314,6 +326,27 @@ class _Bias(BiasHook):  # type: ignore[misc]
         if self.prune_bias:
             bias = bias * self.param.mask
         return output + (bias if isinstance(module, nn.Linear) else bias.view(-1, 1, 1))
+
+
+class _NoTokens:
+    """A hook of a masked batch norm behind a linear layer: tokens (B, T, C) would be masked, not channels."""
+
+    def __init__(self, norm: str, layer: str) -> None:
+        self.norm, self.layer = norm, layer
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if args and args[0].dim() > 2:
+            raise SurgeryError(
+                f"batch norm {self.norm!r} got {tuple(args[0].shape)}, wanted (B, C): it is over dimension 1, the "
+                f"channels of {self.layer!r} are the last, so its mask is one of tokens; prepare the model anew, with "
+                f"{self.layer!r} left out of the scores or of the configuration"
+            )
+
+
+def _remove_token_checks(norm: nn.Module) -> None:
+    # By type and not by handle: a model that was copied has hooks of its own.
+    for key in [key for key, hook in norm._forward_pre_hooks.items() if isinstance(hook, _NoTokens)]:
+        del norm._forward_pre_hooks[key]
 
 
 def _check_level(level: Any) -> None:
@@ -343,11 +376,22 @@ def _find_chains(model: nn.Module) -> tuple[dict[str, _Chain], dict[str, str]]:
         ) from error
     modules = dict(model.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    owners = _owners(model)
+    # A parametrised weight is read by a call of its parametrisations.
+    reads = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]
+
+    def bound(name: str, bias: bool = True) -> str | None:
+        if shared := _shared(modules[name], owners, bias):
+            return f"its {shared} is shared with another layer"
+        if any(read.startswith(f"{name}.") for read in reads):
+            return "its weight is read elsewhere"
+        return None
+
     chains: dict[str, _Chain] = {}
     skipped: dict[str, str] = {}
     for node in graph.nodes:
         if node.op == "call_module" and _type(modules[node.target]) in _LAYERS:
-            found = _follow(node, modules, calls)
+            found = bound(node.target) or _follow(node, modules, calls, bound)
             if isinstance(found, str):
                 skipped[node.target] = found
             else:
@@ -358,8 +402,24 @@ def _find_chains(model: nn.Module) -> tuple[dict[str, _Chain], dict[str, str]]:
     return chains, skipped
 
 
-def _follow(node: fx.Node, modules: Mapping[str, nn.Module], calls: Mapping[Any, int]) -> _Chain | str:
-    """The chain that starts at a layer, or why there is none."""
+def _owners(model: nn.Module) -> Counter[int]:
+    """In how many places the model has each parameter, by its id; the originals of parametrised ones too."""
+    return Counter(id(own) for module in model.modules() for own in module._parameters.values())
+
+
+def _shared(module: nn.Module, owners: Mapping[int, int], bias: bool = True) -> str | None:
+    """Which of the parameters of a layer is that of another one too: "weight", "bias" or neither."""
+    kinds = {"bias" if "bias" in n else "weight" for n, p in module.named_parameters() if owners[id(p)] > 1}
+    return "weight" if "weight" in kinds else "bias" if bias and kinds else None
+
+
+def _follow(
+    node: fx.Node,
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[Any, int],
+    bound: Callable[..., str | None],
+) -> _Chain | str:
+    """The chain that starts at a layer, or why there is none; ``bound`` says why a module cannot be cut."""
     layer = modules[str(node.target)]
     spatial = isinstance(layer, nn.Conv2d)
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
@@ -387,12 +447,18 @@ def _follow(node: fx.Node, modules: Mapping[str, nn.Module], calls: Mapping[Any,
                     return f"{node.target!r}, which reads it, is called {calls[node.target]} times"
                 if not _reads(module, width, spatial, flat):
                     return f"{node.target!r}, which reads it, does not read its channels one by one"
+                if reason := bound(str(node.target), bias=False):
+                    return f"{node.target!r} reads it, and {reason}"
                 return _Chain(tuple(norms), str(node.target), tuple(pattern))
             if kind is (nn.BatchNorm2d if spatial else nn.BatchNorm1d) and not flat:
                 if calls[node.target] > 1:
                     return f"batch norm {node.target!r} is called {calls[node.target]} times"
                 if not module.affine:
                     return f"batch norm {node.target!r} has no scale and shift, and makes constants of zeros"
+                if module.num_features != width:
+                    return f"batch norm {node.target!r} is over another dimension"
+                if reason := bound(str(node.target)):
+                    return f"batch norm {node.target!r} is behind it, and {reason}"
                 norms.append(str(node.target))
                 continue
         else:
@@ -484,6 +550,7 @@ def _remove_channels(layer: nn.Module, *rest: Any) -> None:
 
 
 def _cut_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, mask: Tensor) -> None:
+    _remove_token_checks(norm)
     for name in ("weight", "bias"):
         parametrize.remove_parametrizations(norm, name, leave_parametrized=True)
         old = getattr(norm, name)

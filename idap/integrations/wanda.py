@@ -10,7 +10,9 @@ to take each block's inputs from the already pruned blocks before it, as the pap
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,9 +22,9 @@ from torch.nn.utils import prune as torch_prune
 from idap_kernels import ChannelStats
 from idap_kernels.channel_stats import ROWS
 
-from ..criteria import filters_first
+from ..criteria import filters_first, groups_of, is_transposed
 from ..errors import InvalidInputError, NonFiniteError
-from ..profile import CONVOLUTIONS, is_scored, is_transposed_linear
+from ..profile import is_scored, is_transposed_linear
 from ..profile import profile as _profile
 
 _SQUARES = ROWS.index("act_sq_sum")
@@ -64,16 +66,32 @@ def input_energy(
         forward: called as ``forward(model, batch)`` in place of ``model(batch)``.
 
     Returns:
-        ``{layer name: (in_channels,) float64}``, in the order of ``layers``. A layer that was never called is
-        missing.
+        ``{layer name: (in_channels,) float64}``, in the order of ``layers``. A layer that the data never reached
+        is missing.
+
+    Warns:
+        UserWarning: the data never reached a layer that ``layers`` names; names it.
 
     Raises:
         InvalidInputError: an unknown layer, or one that is neither a convolution nor linear.
         NonFiniteError: an input holds a NaN or an infinity, or its square overflows; names the layer.
         What :func:`idap.profile` raises for the data and the model.
     """
+    energy = _energy(model, batches, layers, backend, progress, forward)
+    _warn_unreached(energy, layers or ())
+    return energy
+
+
+def _energy(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Sequence[str] | None,
+    backend: str,
+    progress: bool,
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> dict[str, Tensor]:
     if layers is None and isinstance(model, nn.Module):
-        layers = [name for name, module in model.named_modules() if is_scored(module)]
+        layers = _scored_names(model)
     seen = _profile(
         model,
         batches,
@@ -95,6 +113,20 @@ def input_energy(
     return energy
 
 
+def _scored_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if is_scored(module)]
+
+
+def _warn_unreached(energy: Mapping[str, Tensor], wanted: Iterable[str]) -> None:
+    if unreached := [name for name in wanted if name not in energy]:
+        warnings.warn(
+            f"the data never reached {', '.join(map(repr, unreached))}: no energy, no mask; give data or a forward "
+            "function that runs them, or leave them out with layers=",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def scores(model: nn.Module, energy: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The Wanda score ``|W_ij| · ‖X_j‖₂`` of every weight.
 
@@ -109,7 +141,8 @@ def scores(model: nn.Module, energy: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ``{layer name: float64 tensor of the shape of the layer's weight}``.
 
     Raises:
-        InvalidInputError: a layer is not in the model, is of another kind, or has another width.
+        InvalidInputError: a layer is not in the model, is of another kind, or has another width; an energy is
+            no tensor, or negative.
         NonFiniteError: a weight or an energy is NaN or infinite; names the layer.
     """
     return {
@@ -161,17 +194,25 @@ def apply_masks(model: nn.Module, chosen: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: changed in place and returned.
-        chosen: ``{layer name: tensor of the shape of the layer's weight}``, as :func:`masks` gives.
+        chosen: ``{layer name: tensor of the shape of the layer's weight}``, as :func:`masks` gives: bool, or
+            numbers 0 and 1.
 
     Raises:
-        InvalidInputError: a layer is not in the model, is of another kind, or its weight has another shape.
+        InvalidInputError: a layer is not in the model, is of another kind, or its weight has another shape; a
+            mask is no tensor, or holds something other than 0 and 1.
     """
     modules = _modules(model, chosen)
     for name, module in modules.items():
+        _check_tensor(f"the mask of layer {name!r}", chosen[name], "masks")
         if chosen[name].shape != _weight(module).shape:
             raise InvalidInputError(
                 f"the mask of layer {name!r} is {tuple(chosen[name].shape)}, its weight "
                 f"{tuple(_weight(module).shape)}: make the masks from this model"
+            )
+        if ((chosen[name] != 0) & (chosen[name] != 1)).any():
+            raise InvalidInputError(
+                f"the mask of layer {name!r} holds numbers other than 0 and 1; a mask is 1 where the weight stays: "
+                "take what masks gives, not scores"
             )
     for name, module in modules.items():
         torch_prune.custom_from_mask(module, "weight", chosen[name].to(_weight(module).device))
@@ -194,11 +235,15 @@ def prune(
     Returns:
         The masks.
 
+    Warns:
+        UserWarning: the data never reached a layer, which is left without a mask; names it.
+
     Raises:
         What the three raise; the model is then as it was.
     """
     _check_amount(sparsity, pattern)
-    energy = input_energy(model, batches, layers=layers, backend=backend, progress=progress, forward=forward)
+    energy = _energy(model, batches, layers, backend, progress, forward)
+    _warn_unreached(energy, _scored_names(model) if layers is None else layers)
     chosen = masks(model, energy, sparsity=sparsity, pattern=pattern)
     apply_masks(model, chosen)
     return chosen
@@ -209,10 +254,28 @@ def _check_amount(sparsity: float | None, pattern: tuple[int, int] | None) -> No
         raise InvalidInputError(
             f"got sparsity={sparsity} and pattern={pattern}: give one of them, as sparsity=0.5 or pattern=(2, 4)"
         )
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise InvalidInputError(f"sparsity is {sparsity}; it is the share of weights to remove, in [0, 1)")
-    if pattern is not None and not (len(pattern) == 2 and 0 < pattern[0] < pattern[1]):
-        raise InvalidInputError(f"pattern is {pattern}; it is (n, m), n of m weights kept, 0 < n < m: (2, 4)")
+    if sparsity is not None and not (_is_number(sparsity, Real) and 0 <= sparsity < 1):
+        raise InvalidInputError(
+            f"sparsity is {sparsity!r}; wanted the share of weights to remove, a number in [0, 1), as 0.5"
+        )
+    if pattern is not None and not (
+        isinstance(pattern, (tuple, list))
+        and len(pattern) == 2
+        and all(_is_number(count, Integral) for count in pattern)
+        and 0 < pattern[0] < pattern[1]
+    ):
+        raise InvalidInputError(
+            f"pattern is {pattern!r}; wanted (n, m), n of m weights kept, two whole numbers 0 < n < m, as (2, 4)"
+        )
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_tensor(what: str, value: object, function: str) -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidInputError(f"{what}: got {type(value).__name__}, wanted a tensor, as {function} gives")
 
 
 def _modules(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, nn.Module]:
@@ -237,14 +300,6 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, CONVOLUTIONS) and module.transposed
-
-
-def _groups(module: nn.Module) -> int:
-    return module.groups if isinstance(module, CONVOLUTIONS) else 1
-
-
 def _to_rows(module: nn.Module, weight: Tensor) -> Tensor:
     """(O, I / groups, K): the weights of each output, by input channel and kernel position."""
     rows = filters_first(module, weight)
@@ -256,20 +311,26 @@ def _from_rows(module: nn.Module, rows: Tensor) -> Tensor:
     if is_transposed_linear(module):
         return rows.squeeze(2).t()
     shape = _weight(module).shape
-    if _is_transposed(module):
-        by_group = rows.unflatten(0, (_groups(module), -1))
+    if is_transposed(module):
+        by_group = rows.unflatten(0, (groups_of(module), -1))
         return by_group.transpose(1, 2).reshape(shape)
     return rows.reshape(shape)
 
 
 def _row_scores(name: str, module: nn.Module, energy: Tensor) -> Tensor:
     """``|W| · ‖X‖₂`` (O, I / groups, K) in float64."""
+    _check_tensor(f"the energy of layer {name!r}", energy, "input_energy")
     rows = _to_rows(module, _weight(module)).double()
-    groups = _groups(module)
+    groups = groups_of(module)
     if energy.shape != (rows.shape[1] * groups,):
         raise InvalidInputError(
             f"layer {name!r} has {rows.shape[1] * groups} input channels, the energies are "
             f"{tuple(energy.shape)}: take them from this model"
+        )
+    if (energy < 0).any():
+        raise InvalidInputError(
+            f"the energy of layer {name!r} is negative at channel {int((energy < 0).nonzero()[0])}; it is the sum "
+            "of the squares of its inputs: take it from input_energy"
         )
     norms = energy.to(rows).sqrt().view(groups, -1)  # outputs of one group read the same inputs
     values = rows.abs() * norms.repeat_interleave(len(rows) // groups, 0)[:, :, None]

@@ -430,8 +430,27 @@ def test_what_is_wrong_is_said(batches: list[Tensor]) -> None:
         criteria.calibrate(model, [])
     with pytest.raises(InvalidInputError, match="int"):
         criteria.calibrate(model, 3)
-    with pytest.raises(InvalidInputError, match="layer_type"):
+    with pytest.raises(InvalidInputError, match=r"Plain has no Conv1d with filters; wanted .* layer_type"):
         criteria.calibrate(model, batches, nn.Conv1d)
+    with pytest.raises(InvalidInputError, match="Conv1d or Conv3d"):
+        criteria.calibrate(model, batches, (nn.Conv1d, nn.Conv3d))
+    with pytest.raises(InvalidInputError, match="ReLU has no layer with filters"):
+        criteria.calibrate(nn.ReLU(), batches)
+    with pytest.raises(InvalidInputError, match="layer_type: got 'Conv2d'"):
+        criteria.calibrate(model, batches, "Conv2d")
+    with pytest.raises(InvalidInputError, match="criterion: got dict, wanted a function"):
+        ProfileCriteria({"hidden": torch.ones(14)})
+    for given in (None, [1.0]):
+        with pytest.raises(InvalidInputError, match=f"got {type(given).__name__}, wanted a mapping"):
+            ProfileCriteria(lambda m, p, given=given: given).calibrate(model, batches)
+    with pytest.raises(InvalidInputError, match="'nowhere' is no layer"):
+        ProfileCriteria(lambda m, p: {"nowhere": torch.ones(3)}).calibrate(model, batches)
+    for wrong in (-1, 0, 2.0, True):
+        with pytest.raises(InvalidInputError, match=f"n_batches: got {wrong!r}"):
+            ProfileCriteria(n_batches=wrong)
+        with pytest.raises(InvalidInputError, match=f"n_batches: got {wrong!r}"):
+            criteria.calibrate(model, batches, n_batches=wrong)
+    ProfileCriteria(lambda m, p: {"hidden": list(range(14))}).calibrate(model, batches)  # numbers will do
     with pytest.raises(NonFiniteError, match="'first'"):
         criteria.calibrate(model, [batches[0] * float("nan")])
     with pytest.raises(NonFiniteError, match="'hidden'"):

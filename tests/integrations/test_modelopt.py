@@ -675,6 +675,57 @@ def test_hook_without_weights_and_without_batch() -> None:
     torch.testing.assert_close(hook.accumulate(), y.detach().double().abs().mean(1), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d(5), (4, 5)),
+        (nn.BatchNorm1d(5), (4, 5, 7)),
+        (nn.BatchNorm2d(5), (2, 5, 3, 4)),
+        (nn.InstanceNorm1d(5), (2, 5, 7)),
+        (nn.InstanceNorm1d(5), (5, 7)),
+        (nn.InstanceNorm2d(5, affine=True), (5, 3, 4)),
+        (nn.InstanceNorm3d(5), (2, 5, 3, 4, 2)),
+        (nn.GroupNorm(1, 5), (2, 5, 3, 4)),
+    ],
+    ids=lambda own: type(own).__name__ if isinstance(own, nn.Module) else "x".join(map(str, own)),
+)
+def test_hook_reads_channels_of_norms(layer: nn.Module, shape: tuple[int, ...], side: str) -> None:
+    hook = ChannelStatsHook(layer, side=side)
+    handle = layer.register_forward_hook(hook)
+    x = torch.randn(shape)
+    y = layer(x) if side == "output" else (layer(x), x)[1]
+    handle.remove()
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and shape[0] == 5:
+        y = y[None]
+    y = y.detach().double().flatten(2) if y.dim() > 2 else y.detach().double()[:, :, None]
+    want = y.relu().square().sum(2).sqrt().mean(0) / (5 * y.shape[2])
+    torch.testing.assert_close(hook.accumulate(), want, rtol=1e-5, atol=1e-12)
+
+
+def test_hook_takes_another_channel_dim() -> None:
+    relu, x = nn.ReLU(), torch.randn(2, 5, 3, 4)
+    for hook in (ChannelStatsHook(relu, channel_dim=1), ChannelStatsHook(relu, {"channel_dim": -3})):
+        hook(relu, (x,), relu(x))
+        want = x.double().relu().flatten(2).norm(dim=2).mean(0) / (5 * 12)
+        torch.testing.assert_close(hook.accumulate(), want, rtol=1e-5, atol=1e-12)
+    last = ChannelStatsHook(nn.GroupNorm(1, 5), statistic="abs_mean", channel_dim=-1)
+    last(last.layer, (), x)
+    torch.testing.assert_close(last.accumulate(), x.double().abs().mean((0, 1, 2)), rtol=1e-5, atol=1e-12)
+    with pytest.raises(InvalidInputError, match="channel_dim"):
+        ChannelStatsHook(relu, channel_dim=7)(relu, (x,), relu(x))
+
+
+def test_hook_of_an_embedding_has_no_weights_of_channels() -> None:
+    layer, ids = nn.Embedding(11, 6), torch.randint(11, (3, 7))
+    hook = ChannelStatsHook(layer)
+    layer.register_forward_hook(hook)
+    y = layer(ids).detach().double()
+    want = y.relu().square().sum(1).sqrt().mean(0) / (6 * 7)
+    torch.testing.assert_close(hook.accumulate(), want, rtol=1e-5, atol=1e-12)
+    assert torch.equal(hook.weight_norm(), torch.ones(6, dtype=torch.float64))
+
+
 def test_hook_state_goes_through_modelopt_files(tmp_path: Path) -> None:
     layer = nn.Linear(4, 6)
     whole, first, second = (ChannelStatsHook(layer) for _ in range(3))
@@ -712,7 +763,14 @@ def test_hook_refuses_wrong_input() -> None:
     hook = ChannelStatsHook(layer)
     with pytest.raises(EmptyDataError, match="Linear"):
         hook.accumulate()
-    for options in ({"statistic": "median"}, {"side": "left"}, {"activation": "tanh"}):
+    for options in (
+        {"statistic": "median"},
+        {"side": "left"},
+        {"activation": "tanh"},
+        {"channel_dim": "1"},
+        {"sample_dim": None},
+        {"channel_dim": True},
+    ):
         with pytest.raises(InvalidInputError, match=next(iter(options))):
             ChannelStatsHook(layer, **options)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="wanted the module"):

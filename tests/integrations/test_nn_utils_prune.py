@@ -515,3 +515,34 @@ def test_scores_of_heads_are_passed_over_and_conv1d_is_masked_by_columns():
     assert "0.self_attn" not in removed
     assert removed["1"] == lowest(scores["1"], 3)
     assert not model(torch.randn(2, 5, 16))[..., list(removed["1"])].any()
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@pytest.mark.parametrize(
+    ("behind", "same"),
+    [
+        (lambda: nn.ReLU(), True),
+        (lambda: nn.Conv2d(6, 6, 3, groups=6, bias=False), True),
+        (lambda: Shift(), False),
+        (lambda: nn.Conv2d(6, 6, 3, groups=6), False),
+        (lambda: nn.Sequential(nn.Conv2d(6, 6, 3, groups=6, bias=False), nn.BatchNorm2d(6)), False),
+        (lambda: nn.Sigmoid(), False),
+    ],
+)
+def test_constants_behind_the_mask_go_with_the_channel(behind, same):
+    model = spread_out(nn.Sequential(nn.Conv2d(3, 6, 3), behind(), nn.Conv2d(6, 4, 1)))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    prune_channels(model, {"0": torch.arange(6.0)}, 2, example_inputs=x)
+    masked = model(x).detach()
+    plan = plan_channels(model, remove_masks(model), x)
+    cut = plan.apply(model)
+    assert cut[0].out_channels == 4
+    assert torch.allclose(cut(x), masked, atol=1e-5) == same

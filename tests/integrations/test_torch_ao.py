@@ -425,6 +425,109 @@ def test_layers_called_twice_grouped_or_not_traceable():
         sparsifier.prune()
 
 
+class Bound(nn.Module):
+    """a, norm, b, c; ``tie`` changes them, ``reads`` gives a factor of the output."""
+
+    def __init__(self, tie: Any = None, reads: Any = None, width: int = 6) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(6, width), nn.BatchNorm1d(width)
+        self.b, self.c = nn.Linear(width, 6), nn.Linear(6, 6)
+        self.other, self.reads = nn.BatchNorm1d(width), reads
+        if tie is not None:
+            tie(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.b(self.norm(self.a(x)).relu()).relu())
+        return self.other(y if self.reads is None else y * self.reads(self))
+
+
+def tie(one: str, other: str) -> Any:
+    def do(model: nn.Module) -> None:
+        owner, _, key = one.rpartition(".")
+        setattr(model.get_submodule(owner), key, model.get_parameter(other))
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("model", "reasons"),
+    [
+        (Bound(tie("b.weight", "a.weight")), {"a": "its weight is shared", "b": "its weight is shared"}),
+        (
+            Bound(tie("c.weight", "a.weight")),
+            {"a": "its weight is shared", "b": "'c' reads it, and its weight is"},
+        ),
+        (Bound(tie("c.bias", "a.bias")), {"a": "its bias is shared"}),
+        (Bound(tie("other.weight", "norm.weight")), {"a": "'norm' is behind it, and its weight is shared"}),
+        (Bound(reads=lambda m: m.a.weight.sum()), {"a": "its weight is read elsewhere"}),
+        (Bound(reads=lambda m: m.norm.weight.sum()), {"a": "'norm' is behind it, and its weight is read"}),
+        (
+            Bound(reads=lambda m: m.b.weight.sum()),
+            {"a": "'b' reads it, and its weight is read", "b": "is read"},
+        ),
+    ],
+)
+def test_what_is_shared_or_read_elsewhere_is_left_alone(model, reasons):
+    model = randomised(model)
+    original, x = copy.deepcopy(model), torch.randn(5, 6, dtype=torch.float64)
+    scores = {"a": torch.arange(6.0), "b": torch.arange(6.0)}
+    sparsifier = ChannelScoreSparsifier(scores)
+    if len(reasons) == 2:
+        with pytest.raises(InvalidInputError, match=reasons["a"]):
+            sparsifier.prepare(model)
+    else:
+        sparsifier.prepare(model)
+        sparsifier.step()
+        assert reasons["a"] in sparsifier.skipped["a"]
+        assert sparsifier.masked_channels() == {"b": (0, 1, 2)}
+        outputs = zeroed(original, {"b": (0, 1, 2)}, {"b": "b"})(x)
+        same(model(x), outputs)
+        same(sparsifier.prune()(x), outputs)
+    for name, reason in reasons.items():
+        model, sparsifier = copy.deepcopy(original), ChannelScoreSparsifier(scores)
+        if reason in ("its weight is shared", "its bias is shared"):  # its mask would change the other
+            with pytest.raises(InvalidInputError, match=f"{reason.split()[1]} of layer '{name}' is shared"):
+                sparsifier.prepare(model, [{"tensor_fqn": f"{name}.weight"}])
+            same(model(x), original(x))
+            continue
+        sparsifier.prepare(model, [{"tensor_fqn": f"{name}.weight"}])
+        assert reason in sparsifier.skipped[name]
+        sparsifier.step()
+        with pytest.raises(SurgeryError, match=reason):
+            sparsifier.prune()
+        assert model.get_submodule(name).weight.shape == (6, 6)
+
+
+def test_batch_norms_over_tokens():
+    class Tokens(nn.Module):
+        def __init__(self, tokens: int) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(6, 8), nn.BatchNorm1d(tokens), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.norm(self.a(x)))
+
+    scores = {"a": torch.arange(8.0)}
+    with pytest.raises(InvalidInputError, match="batch norm 'norm' is over another dimension"):
+        ChannelScoreSparsifier(scores).prepare(Tokens(5))
+    # As many tokens as channels: only the input tells.
+    for end in ("prune", "squash_mask"):
+        model = randomised(Tokens(8))
+        original = copy.deepcopy(model)
+        sparsifier = ChannelScoreSparsifier(scores)
+        sparsifier.prepare(model)
+        sparsifier.step()
+        for own in (model, copy.deepcopy(model)):
+            with pytest.raises(SurgeryError, match=r"'norm' got \(2, 8, 8\).*'a' left out"):
+                own(torch.randn(2, 8, 6, dtype=torch.float64))
+        x = torch.randn(2, 6, dtype=torch.float64)
+        outputs = zeroed(original, {"a": (0, 1, 2, 3)}, {"a": "norm"})(x)
+        same(model(x), outputs)
+        model = sparsifier.prune() if end == "prune" else (sparsifier.squash_mask(), model)[1]
+        same(model(x), outputs)
+        assert not model.norm._forward_pre_hooks
+
+
 # ------------------------------------------------------------------- the library's own conversion
 
 

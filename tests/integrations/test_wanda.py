@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -238,8 +239,13 @@ def test_what_is_wrong_is_said() -> None:
         {"sparsity": -0.1},
         {"pattern": (4, 2)},
         {"pattern": (0, 4)},
+        {"pattern": 4},
+        {"pattern": (2.0, 4.0)},
+        {"pattern": (True, 4)},
+        {"sparsity": "0.5"},
+        {"sparsity": False},
     ):
-        with pytest.raises(InvalidInputError):
+        with pytest.raises(InvalidInputError, match=r"0\.5|\(2, 4\)"):
             wanda.masks(model, energy, **wrong)
         with pytest.raises(InvalidInputError):
             wanda.prune(model, [x], **wrong)
@@ -254,6 +260,15 @@ def test_what_is_wrong_is_said() -> None:
         wanda.scores(model, {"0": energy["2"]})
     with pytest.raises(InvalidInputError, match="mask of layer '2'"):
         wanda.apply_masks(model, {"0": torch.ones(8, 3, 3, 3), "2": torch.ones(3)})
+    with pytest.raises(InvalidInputError, match="mask of layer '0': got list, wanted a tensor"):
+        wanda.apply_masks(model, {"0": [[1]]})
+    for mask in (torch.full((8, 3, 3, 3), 0.5), torch.full((8, 3, 3, 3), float("nan"))):
+        with pytest.raises(InvalidInputError, match="other than 0 and 1"):
+            wanda.apply_masks(model, {"2": torch.ones(4, 8, 1, 1), "0": mask})
+    with pytest.raises(InvalidInputError, match="energy of layer '0': got list, wanted a tensor"):
+        wanda.scores(model, {"0": [1.0] * 3})
+    with pytest.raises(InvalidInputError, match="layer '0' is negative at channel 1"):
+        wanda.masks(model, {"0": torch.tensor([1.0, -1.0, 2.0])}, sparsity=0.5)
     with pytest.raises(InvalidInputError, match="no module named"):
         wanda.input_energy(model, [x], layers=["nowhere"])
     with pytest.raises(EmptyDataError):
@@ -287,3 +302,38 @@ def test_no_output_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
     wanda.input_energy(model, [torch.randn(5, 4)] * 2)
     assert shapes == [(5, 4), (5, 7)] * 2
+
+
+class Partial(nn.Module):
+    """One of its two layers is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_layers_that_the_data_never_reaches_are_named() -> None:
+    model, x = Partial(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="never reached 'idle'") as seen:
+        assert wanda.input_energy(model, [x], layers=["used", "idle"]).keys() == {"used"}
+    assert [w.filename for w in seen] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert wanda.input_energy(model, [x]).keys() == {"used"}  # nobody asked for the other
+        wanda.prune(copy.deepcopy(model), [x], sparsity=0.5, layers=["used"])
+    with pytest.warns(UserWarning, match="never reached 'idle'") as seen:
+        assert wanda.prune(model, [x], sparsity=0.5).keys() == {"used"}
+    assert [w.filename for w in seen] == [__file__]
+    assert not hasattr(model.idle, "weight_mask")
+
+
+def test_masks_of_numbers_work_as_those_of_bool() -> None:
+    one, two = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    mask = torch.rand(3, 4) > 0.5
+    wanda.apply_masks(one, {"0": mask})
+    wanda.apply_masks(two, {"0": mask.double()})
+    assert torch.equal(one[0].weight == 0, ~mask)
+    assert torch.equal(two[0].weight == 0, ~mask)
