@@ -523,7 +523,10 @@ def scoring_summary(name: str) -> str:
                 cells.append(f"{row['times']['median_s']:.2f} s{ratio}")
         kind = "" if found[0][1]["scorers"][key]["reads_data"] else ", reads no data"
         lines.append(f"| {label}{kind} | {' | '.join(cells)} |")
-    lines += ["", f"{machine(result['environment'])}; median times; over ours: median of the ratios within a round."]
+    lines += [
+        "",
+        f"{machine(result['environment'])}; median times; over ours: median of the ratios within a round.",
+    ]
     return "\n".join(lines)
 
 
