@@ -120,13 +120,7 @@ def _device_broken(index: int) -> str | None:
         return None  # compiling, loading and comparing results are not allowed now
     reason = _device_unfit(index)
     if reason is None:
-        device = torch.device("cuda", index)
-        try:
-            with torch.cuda.device(device):
-                wrong = self_check(sys.modules[__name__], device)  # type: ignore[arg-type]
-            reason = f"self-check failed: {wrong} on this GPU" if wrong else None
-        except (RuntimeError, ValueError) as error:
-            reason = f"self-check failed: {error}"
+        reason = self_check(sys.modules[__name__], torch.device("cuda", index))  # type: ignore[arg-type]
     # A kernel that does not compile leaves its own reason.
     _device_reasons[index] = _device_reasons.get(index) or reason
     return _device_reasons[index]

@@ -686,7 +686,7 @@ def test_the_self_check_finds_a_wrong_kernel(programs, monkeypatch):
     assert self_check(triton, device) is None
     right = triton.pair_stats
     monkeypatch.setattr(triton, "pair_stats", lambda x, y, n, out: right(x, x, n, out))
-    assert self_check(triton, device) == "pair_stats is wrong"
+    assert self_check(triton, device) == "self-check failed: pair_stats is wrong on this device"
 
 
 @interpreted
