@@ -29,8 +29,6 @@ from .profile import CONVOLUTIONS, ActivationProfile, is_scored, is_transposed_l
 
 Criterion = Callable[[nn.Module, ActivationProfile], dict[str, Tensor]]
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 def flow_divergence(model: nn.Module, profile: ActivationProfile) -> dict[str, Tensor]:
     """The flow divergence of every filter and neuron of the profiled layers.
@@ -238,8 +236,8 @@ def _weights(model: nn.Module, profile: ActivationProfile) -> tuple[list[str], l
 
 def filters_first(module: nn.Module, weight: Tensor) -> Tensor:
     """A layer's weight, or a tensor of its shape, as (out_channels, ...): what makes each channel."""
-    if isinstance(module, TRANSPOSED):  # (in, out / groups, *)
-        by_group = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)
+    if is_transposed(module):  # (in, out / groups, *)
+        by_group = weight.unflatten(0, (groups_of(module), -1)).transpose(1, 2)
         return by_group.flatten(0, 1)
     if is_transposed_linear(module):  # (in, out)
         return weight.t()
@@ -248,7 +246,7 @@ def filters_first(module: nn.Module, weight: Tensor) -> Tensor:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a module is a transposed convolution, with its weight as (in, out / groups, *)."""
-    return isinstance(module, TRANSPOSED)
+    return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
 
 def groups_of(module: nn.Module) -> int:
@@ -258,7 +256,10 @@ def groups_of(module: nn.Module) -> int:
 
 def out_width(module: nn.Module) -> int:
     """The number of output channels of a convolution or linear layer, by the shape of its weight."""
-    return len(filters_first(module, module.weight))  # type: ignore[arg-type]
+    shape: torch.Size = module.weight.shape  # type: ignore[assignment, union-attr]
+    if is_transposed(module):
+        return shape[1] * groups_of(module)
+    return shape[1] if is_transposed_linear(module) else shape[0]
 
 
 def places(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ except ImportError as error:  # pragma: no cover - a dependency of the package
         "idap.integrations.torch_pruning needs Torch-Pruning >= 1.6.1: pip install torch-pruning"
     ) from error
 
-from ..criteria import Criterion, flow_divergence
+from ..criteria import Criterion, flow_divergence, out_width
 from ..errors import GraphError, InvalidInputError
 from ..filters import check_scores
 from ..profile import is_scored, profile
@@ -196,7 +196,7 @@ class ChannelImportance(tp.importance.Importance):
 
     def _update(self, group: tp.Group) -> None:
         """New scores if there are none, or if the model has been pruned since."""
-        if self._channels and all(_width(module) == width for module, width in self._widths.items()):
+        if self._channels and all(out_width(module) == width for module, width in self._widths.items()):
             return
         modules = dict(self.model.named_modules())
         if not any(item.dep.target.module in modules.values() for item in group):
@@ -225,7 +225,7 @@ class ChannelImportance(tp.importance.Importance):
         if not channels:
             raise InvalidInputError("scores: got none of a convolution or linear layer, wanted one a channel")
         self._channels = channels
-        self._widths = {module: _width(module) for module in channels}
+        self._widths = {module: out_width(module) for module in channels}
 
     def _skip(self, group: tp.Group) -> None:
         root = group[0].dep.target
@@ -280,15 +280,6 @@ def _scattered(values: Tensor, places: Tensor, size: int, reduction: str) -> Ten
     """(size,) with the values of each place reduced, NaN where there is none."""
     row = torch.full((size,), torch.nan, dtype=torch.float64)
     return row.scatter_reduce(0, places, values, reduction, include_self=False)
-
-
-def _width(module: nn.Module) -> int:
-    """Output channels of a layer as it is now."""
-    for attribute in ("out_channels", "out_features", "nf"):
-        width = getattr(module, attribute, None)
-        if isinstance(width, int):
-            return width
-    return -1
 
 
 def _device_of(group: tp.Group) -> torch.device:
