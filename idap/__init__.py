@@ -17,7 +17,7 @@ from .errors import IdapError
 from .export import export_onnx, export_program
 from .filters import prune_filters
 from .heads import find_heads, head_divergence
-from .latency import compare_latency, measure_latency
+from .latency import compare_latency, layer_times, measure_latency
 from .layers import find_blocks, fit_projections, truncate_layers
 from .plan import PruningPlan
 from .profile import ActivationProfile, profile
@@ -45,6 +45,7 @@ __all__ = [
     "flow_divergence",
     "head_divergence",
     "layer_divergence",
+    "layer_times",
     "load",
     "measure_latency",
     "profile",

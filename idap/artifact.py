@@ -244,16 +244,19 @@ def _check_result(model: nn.Module, plan: PruningPlan) -> None:
     """Refuse a model whose layers are not as wide as the plan leaves them, before it is on disk."""
     left: dict[tuple[str, str, int], int] = {}
     gone: dict[str, str] = {}
+    cut: set[str] = set()
     for step in plan.steps:
         for removal in step.removals:
             if isinstance(removal, BlockRemoval):
-                gone[removal.name] = removal.type
+                gone.update(removal.modules)
+                cut |= {removal.name} if removal.cut else set()
             else:
                 left[removal.layer, removal.kind, removal.dim] = removal.size - len(removal.removed)
     advice = "save what plan.apply gave, with the plan it came from"
     modules = dict(model.named_modules())
     for name, kind in gone.items():
-        if not isinstance(modules.get(name), IdentityBlock):
+        removed = name not in modules if name in cut else isinstance(modules.get(name), IdentityBlock)
+        if not removed:
             raise PlanMismatchError(f"{name}: the plan removes this {kind}, the model still has it; {advice}")
     for (layer, side, dim), wanted in left.items():
         if any(layer.startswith(name + ".") or layer == name for name in gone):

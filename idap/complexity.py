@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import inputs as _inputs
+from .adapters.detection import most_proposals
 from .inputs import Inputs
 
 
@@ -33,7 +34,9 @@ def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     """Multiply-accumulates of one forward pass over ``example_inputs``, the whole batch.
 
     Counted by :class:`torch.utils.flop_counter.FlopCounterMode` (matrix products, convolutions and
-    attention; two operations a multiply-accumulate), in evaluation mode and without gradients.
+    attention; two operations a multiply-accumulate), in evaluation mode and without gradients. A detector that
+    looks into regions counts with as many as it may propose, since how many it does depends on the image: see
+    :func:`idap.adapters.detection.most_proposals`.
     """
     return macs_by_module(model, example_inputs, ())[0]
 
@@ -65,7 +68,13 @@ def macs_by_module(
     try:
         for name in inside:
             watch(name)
-        with _no_mha_fast_path(), _inputs.evaluating(model), torch.no_grad(), counter:
+        with (
+            _no_mha_fast_path(),
+            most_proposals(model),
+            _inputs.evaluating(model),
+            torch.no_grad(),
+            counter,
+        ):
             _inputs.call(model, _inputs.to_model(example_inputs, model))
     finally:
         for handle in handles:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import calibration, distributed
+from .adapters import detection
 from .complexity import count_macs, count_params
 from .criteria import flow_divergence, layer_divergence
 from .errors import ArtifactError, EmptyDataError, InvalidInputError, TargetUnreachableError, TrainingError
@@ -27,9 +28,9 @@ from .filters import prune_filters
 from .groups import GroupScan, Ignore, Skipped, find_groups, is_head_group, resolve_ignore
 from .heads import find_heads
 from .inputs import call, device_of, evaluating, map_tensors, outputs_of, to_model
-from .latency import compare_latency, measure_latency
+from .latency import compare_latency, layer_times, measure_latency
 from .layers import ProjectionFit, block_filter_divergence, find_blocks, truncate_layers
-from .plan import Cost, PruningPlan
+from .plan import ChannelStep, Cost, PruningPlan
 from .profile import ActivationProfile, profile
 from .rundir import Journal, RunDirectory, fingerprint
 
@@ -159,6 +160,7 @@ def compress(
     scope: str = "global",
     normalize: str | None = "mean",
     reduction: str = "mean",
+    by_latency: bool = False,
     round_to: int = 8,
     min_width: int = 1,
     ignore: Ignore = (),
@@ -181,10 +183,11 @@ def compress(
     half the share, ``halvings`` times in a row at most.
 
     Stage ``"layers"``: removable blocks are ranked by block divergence, the lowest is replaced by the
-    identity, and the change is kept if the metric stays within the budget; otherwise the block is put back
-    and marked essential. Blocks that change the shape come last, by the mean divergence of their filters, and
-    get a projection fitted by least squares. The divergences are computed anew after every removal that was
-    kept.
+    identity, or cut out with its channels if they are only concatenated to others (DenseNet), and the change
+    is kept if the metric stays within the budget; otherwise the block is put back and marked essential. Blocks
+    that change the shape, and units of plain stacks (VGG), come last, by the mean divergence of their filters,
+    and get a projection fitted by least squares. The divergences are computed anew after every removal that
+    was kept.
 
     After every surgery, before the fine-tuning, the next layers' biases take over what the removed channels
     gave on average (``compensate``), and the statistics of the batch norms are estimated anew
@@ -222,6 +225,9 @@ def compress(
         scope: ``"global"`` ranks all groups together, ``"local"`` takes the same share of each.
         normalize, reduction: how the scores of coupled layers become those of a group, and groups comparable;
             see :func:`idap.prune_filters`.
+        by_latency: rank filters by score per millisecond that they take, from times of the layers measured at
+            every step (:func:`idap.layer_times`), so that what is slow and carries little goes first. The
+            decisions, and so the result, then depend on the machine.
         round_to: widths left are multiples of it.
         min_width: channels that every layer keeps at least.
         ignore: layers whose width must stay, and blocks that must not be removed: names, patterns, classes or
@@ -229,7 +235,8 @@ def compress(
         heads: whether attention heads are pruned too.
         compensate: whether biases take over the mean of what goes.
         recalibrate: whether batch norms get new running statistics after each surgery.
-        project: whether blocks that change the shape may be replaced by a projection.
+        project: whether blocks that change the shape may be replaced by a projection, and units are; without
+            it the identity takes the place of units that keep the shape.
         seed: seeds torch, numpy and random before every training; the caller's random states are put back
             afterwards.
         directory: where the run is kept: every decision as it falls, the model accepted last, and at the end
@@ -315,6 +322,7 @@ def compress(
             scope=scope,
             normalize=normalize,
             reduction=reduction,
+            by_latency=by_latency,
             round_to=round_to,
             min_width=min_width,
             heads=heads,
@@ -349,7 +357,8 @@ def drift(original: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> flo
     """``sum ||N0(x) - N*(x)||^2 / sum ||N0(x)||^2`` over the batches: the left side of the paper's bound.
 
     Both models run in eval mode, which is put back; outputs are compared in float64. Of an output with
-    several tensors, all that float are taken.
+    several tensors, all that float are taken. Of a detector that selects boxes, it is what the heads of both
+    say before that, of the regions that the original looks into.
 
     Raises:
         EmptyDataError: there is no batch.
@@ -365,7 +374,11 @@ def _differences(original: nn.Module, pruned: nn.Module, batches: Iterable[Any])
     with evaluating(original), evaluating(pruned), torch.no_grad():
         for batch in batches:
             count += 1
-            wanted, got = _outputs(original, batch), _outputs(pruned, batch)
+            wanted = _outputs(original, batch)
+            with detection.same_regions(pruned, wanted):
+                got = _outputs(pruned, batch)
+            selected = detection.selections(wanted)
+            wanted, got = ([own for own in side if own[0] not in selected] for side in (wanted, got))
             shapes = [[tuple(t.shape) for _, t in tensors] for tensors in (wanted, got)]
             if shapes[0] != shapes[1]:
                 raise InvalidInputError(
@@ -406,6 +419,7 @@ class _Options:
     scope: str
     normalize: str | None
     reduction: str
+    by_latency: bool
     round_to: int
     min_width: int
     heads: bool
@@ -662,6 +676,7 @@ class _Run:
         if not scan.groups:
             return None, _nothing_to_prune(scan)
         scores, _ = self._scores()
+        times = layer_times(self.model, options.example_inputs) if options.by_latency else None
 
         def plan_for(**goal: Any) -> PruningPlan | None:
             try:
@@ -675,6 +690,7 @@ class _Run:
                     round_to=options.round_to,
                     min_width=options.min_width,
                     groups=scan,
+                    times=times,
                     **goal,
                 )
             except TargetUnreachableError:
@@ -760,7 +776,7 @@ class _Run:
         """Blocks that keep the shape by their divergence, then those that change it by their filters'."""
         options = self.options
         blocks = find_blocks(self.model, options.example_inputs, projections=options.project)
-        same = [block.name for block in blocks if block.projection is None]
+        same = [block for block in blocks if block.projection is None]
         changing = [block for block in blocks if block.projection is not None]
         stats = self._profile(self.model, layers=None if changing else (), blocks=same, heads=())
         divergences = layer_divergence(self.model, stats)
@@ -769,7 +785,8 @@ class _Run:
         if changing:
             means = block_filter_divergence(self.model, flow_divergence(self.model, stats), changing)
             ranked += sorted(means.items(), key=lambda item: (item[1], order[item[0]]))
-        return [(name, float(d)) for name, d in ranked if name not in options.ignored]
+        free = {b.name for b in blocks if not any(name in options.ignored for name in b.names)}
+        return [(name, float(d)) for name, d in ranked if name in free]
 
     def _decide_block(self, name: str, divergence: float) -> dict[str, Any]:
         action = f"remove {name} (divergence {divergence:.3g})"
@@ -787,7 +804,19 @@ class _Run:
         return {"plan": replace(plan, skipped=()).to_dict(), "action": action}
 
     def _without_block(self, plan: PruningPlan) -> nn.Module:
-        pruned = plan.apply(self.model)
+        """The model without a block: a projection fitted, what a layer that is cut out gave in the biases."""
+        source = self.model
+        readers = {
+            removal.layer: None
+            for step in plan.steps
+            if isinstance(step, ChannelStep)
+            for removal in step.removals
+            if removal.kind in ("conv_in", "linear_in")
+        }
+        if readers and self.options.compensate:
+            stats = self._profile(source, layers=(), blocks=(), inputs=tuple(readers), heads=())
+            source = calibration.compensate(source, plan, stats.inputs, self.options.example_inputs)
+        pruned = plan.apply(source)
         fit = ProjectionFit(plan)
         if fit.blocks:
             self._same_draws()
@@ -924,7 +953,7 @@ class _Run:
         layers: dict[str, dict[str, float | None]] = {}
         blocks: dict[str, dict[str, float]] = {}
         for when, model in models.items():
-            found = [block.name for block in find_blocks(model, self.options.example_inputs)]
+            found = find_blocks(model, self.options.example_inputs)
             stats = self._profile(model, blocks=found, heads=())
             widths[when] = layer_widths(model)
             means = mean_divergence(flow_divergence(model, stats))
@@ -1107,7 +1136,9 @@ def _describe(batch: Any) -> str:
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[tuple[str, Tensor]]:
-    return [(path, t) for path, t in outputs_of(call(model, to_model(batch, model))) if t.is_floating_point()]
+    with detection.predictions(model) as said:
+        outputs = outputs_of(call(model, to_model(batch, model))) + said
+    return [(path, tensor) for path, tensor in outputs if tensor.is_floating_point()]
 
 
 def _printer() -> Callable[[StepRecord], None]:

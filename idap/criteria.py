@@ -53,6 +53,10 @@ def flow_divergence(model: nn.Module, profile: ActivationProfile) -> dict[str, T
 def layer_divergence(model: nn.Module, profile: ActivationProfile) -> dict[str, float]:
     """The divergence of every profiled block: ``E_x[‖T_{l+1} − T_l‖₂ / (‖T_l‖₂ + ε)]``, over samples.
 
+    ``T_l`` is what a block is given and ``T_{l+1}`` what it gives. A block that is cut out adds channels to a
+    state that goes on beside them: ``T_l`` is that state with zeros in their places and ``T_{l+1}`` the same with
+    them, so that its divergence is the norm of what it makes over the norm of what it is given.
+
     Raises:
         InvalidInputError: the profile does not fit the model.
     """
@@ -260,6 +264,14 @@ def out_width(module: nn.Module) -> int:
     if is_transposed(module):
         return shape[1] * groups_of(module)
     return shape[1] if is_transposed_linear(module) else shape[0]
+
+
+def in_width(module: nn.Module) -> int:
+    """The number of input channels of a convolution or linear layer, by the shape of its weight."""
+    shape: torch.Size = module.weight.shape  # type: ignore[assignment, union-attr]
+    if is_transposed(module) or is_transposed_linear(module):
+        return shape[0]
+    return shape[1] * groups_of(module)
 
 
 def places(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -21,9 +21,10 @@ from torch.nn.utils.prune import is_pruned
 from . import complexity
 from . import inputs as _inputs
 from . import plan as _plan
+from .adapters import detection as _detection
 from .adapters.attention import count_heads
 from .adapters.multihead import projections_called
-from .criteria import out_width
+from .criteria import in_width, out_width
 from .errors import (
     IdapError,
     InvalidInputError,
@@ -32,7 +33,17 @@ from .errors import (
     SurgeryError,
     TargetUnreachableError,
 )
-from .groups import Group, GroupScan, Ignore, Member, Skipped, find_groups, is_head_group, side_size
+from .groups import (
+    ONE_UNIT,
+    Group,
+    GroupScan,
+    Ignore,
+    Member,
+    Skipped,
+    find_groups,
+    is_head_group,
+    side_size,
+)
 from .inputs import Inputs
 from .plan import ChannelRemoval, Cost, PruningPlan
 from .profile import is_scored
@@ -73,14 +84,8 @@ def check_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, Fl
             raise InvalidInputError(
                 f"scores[{name!r}]: got {type(score).__name__}, wanted a tensor with a number a channel"
             ) from error
-        width = next(
-            (
-                getattr(module, key)
-                for key in ("out_channels", "out_features", "embedding_dim")
-                if hasattr(module, key)
-            ),
-            count_heads(module),
-        )
+        width = getattr(module, "embedding_dim", count_heads(module))
+        width = out_width(module) if is_scored(module) else width
         if values.ndim != 1 or (isinstance(width, int) and len(values) != width):
             raise InvalidInputError(
                 f"scores[{name!r}]: got shape {tuple(values.shape)}, wanted ({width},), a number a channel"
@@ -159,6 +164,7 @@ def rank_units(
     scope: str = "global",
     normalize: str | None = "mean",
     orders: Sequence[NDArray[np.int64]] | None = None,
+    times: Sequence[float] | None = None,
 ) -> Ranking:
     """Order all units that may go, lowest score first.
 
@@ -173,6 +179,7 @@ def rank_units(
             nothing.
         orders: for each group its units in ascending order of score; those that are not in it never go. All
             units if not given.
+        times: for each group what one unit takes, by which ``"global"`` divides its scores.
     """
     if orders is None:
         orders = [np.argsort(values, kind="stable") for values in scores]
@@ -185,6 +192,8 @@ def rank_units(
         else:
             scale = float(np.mean(np.abs(values))) if normalize == "mean" and len(values) else 1.0
             key = values[order] / scale if scale > 0 else values[order]
+            if times is not None:
+                key = key / times[number]
         keys.append(key[:most])
         group_of.append(np.full(min(most, len(order)), number, dtype=np.int64))
         unit_of.append(order[:most].astype(np.int64))
@@ -248,6 +257,39 @@ def _nearest(allowed: NDArray[np.int64], wanted: int) -> int:
     return low if wanted - low <= high - wanted else high
 
 
+def unit_times(groups: Sequence[Group], times: Mapping[str, float]) -> list[float]:
+    """Milliseconds that a unit of each group takes: of every layer the share of its channels that the unit has.
+
+    A layer that loses inputs and outputs counts on both sides. Groups without a time get the least of the
+    others, so that nothing is divided by zero; all get 1 if none has a time.
+
+    Args:
+        times: by layer name, as :func:`idap.layer_times` measures them.
+    """
+    each = []
+    for group in groups:
+        parts = (
+            times.get(member.layer, 0.0) * sum(map(len, member.units)) / member.size
+            for member in group.members
+        )
+        each.append(sum(parts) / group.size)
+    least = min((own for own in each if own > 0), default=1.0)
+    return [own if own > 0 else least for own in each]
+
+
+def _check_times(times: Mapping[str, float] | None) -> None:
+    if times is None:
+        return
+    if not isinstance(times, Mapping):
+        raise InvalidInputError(
+            f"times: got {type(times).__name__}, wanted a mapping from layer names to milliseconds, as "
+            "layer_times(model, example_inputs) gives it"
+        )
+    for name, value in times.items():
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise InvalidInputError(f"times[{name!r}]: got {value!r}, wanted milliseconds, 0 or more")
+
+
 # ------------------------------------------------------------------------------------------------
 # Cost of a selection, without carrying it out
 # ------------------------------------------------------------------------------------------------
@@ -273,7 +315,7 @@ class CostModel:
         measured: CostModel | None = None,
     ):
         self._modules = dict(model.named_modules())
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._cumulated: list[list[tuple[tuple[str, str, int], NDArray[np.int64]]]] = []
         self._size: dict[tuple[str, str, int], int] = {}
         for group, order in zip(groups, orders, strict=True):
@@ -285,6 +327,7 @@ class CostModel:
                 sides.append((key, np.concatenate(([0], np.cumsum(counts)))))
             self._cumulated.append(sides)
         layers = {key[0] for key in self._size}
+        self._repeated = self._tied_to_others(layers)
         self._kinds: dict[str, list[tuple[str, str, int]]] = {layer: [] for layer in layers}
         for key in self._size:
             self._kinds[key[0]].append(key)
@@ -300,6 +343,15 @@ class CostModel:
         assert self.base.macs is not None
         self._fixed_macs = self.base.macs - sum(self._layer_macs(layer, full) for layer in layers)
 
+    def _tied_to_others(self, layers: Iterable[str]) -> set[str]:
+        """The layers whose weights are those of another one of ``layers``, which counts them."""
+        weights = {
+            layer: self._parameters.get(f"{layer}.weight", self._parameters.get(layer))
+            for layer in sorted(layers)
+        }
+        owners = {id(weight): layer for layer, weight in weights.items()}
+        return {layer for layer, own in weights.items() if own is not None and owners[id(own)] != layer}
+
     def _measure(self, model: nn.Module, example_inputs: Inputs, layers: set[str]) -> int:
         """Multiply-accumulates of the model; on the way the positions of its layers and the products of heads."""
         names = {module: name for name, module in self._modules.items()}
@@ -308,7 +360,7 @@ class CostModel:
             owner: [
                 name
                 for name, module in self._modules.items()
-                if isinstance(module, (_ConvNd, nn.Linear)) and (not owner or name.startswith(owner + "."))
+                if is_scored(module) and (not owner or name.startswith(owner + "."))
             ]
             for owner in attention
         }
@@ -322,13 +374,13 @@ class CostModel:
                 own = entering.numel() // module.in_channels if module.transposed else 0
                 own = own or result.numel() // module.out_channels
             else:
-                own = result.numel() // int(module.out_features)  # type: ignore[arg-type]
+                own = result.numel() // out_width(module)
             self._positions[names[module]] = self._positions.get(names[module], 0) + own
 
         handles = [
             self._modules[layer].register_forward_hook(count)
             for layer in layers
-            if isinstance(self._modules.get(layer), (_ConvNd, nn.Linear))
+            if layer in self._modules and is_scored(self._modules[layer])
         ]
         try:
             watched = {name for own in inner.values() for name in own} | attention
@@ -346,10 +398,7 @@ class CostModel:
         if both is not None:
             return both
         kind = ("conv_" if isinstance(module, _ConvNd) else "linear_") + side
-        name = {"conv_in": "in_channels", "conv_out": "out_channels", "linear_in": "in_features"}.get(
-            kind, "out_features"
-        )
-        return left.get((layer, kind, 0), int(getattr(module, name)))
+        return left.get((layer, kind, 0), in_width(module) if side == "in" else out_width(module))
 
     def _products(self, layer: str, left: Mapping[tuple[str, str, int], int]) -> tuple[int, int]:
         """Weights of a layer without its bias, and its outputs."""
@@ -362,16 +411,17 @@ class CostModel:
 
     def _layer_params(self, layer: str, left: Mapping[tuple[str, str, int], int]) -> int:
         module = self._modules.get(layer)
-        if isinstance(module, (_ConvNd, nn.Linear)):
+        if module is not None and is_scored(module):
             weights, outs = self._products(layer, left)
+            weights = 0 if layer in self._repeated else weights
             return weights + (outs if module.bias is not None else 0)
         if module is None:
             shape = list(self._parameters[layer].shape)
             for _, _, dim in self._kinds[layer]:
                 shape[dim] = left[(layer, "parameter", dim)]
-            return math.prod(shape)
+            return 0 if layer in self._repeated else math.prod(shape)
         total = 0
-        for key in self._kinds[layer]:
+        for key in () if layer in self._repeated else self._kinds[layer]:
             # The layers of an attention are counted by themselves; nn.MultiheadAttention has its projections.
             if key[1] != "heads":
                 own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -439,6 +489,7 @@ def prune_filters(
     exact: bool = True,
     verify: bool = True,
     groups: GroupScan | None = None,
+    times: Mapping[str, float] | None = None,
     time_limit: float = 60.0,
 ) -> PruningPlan:
     """Choose the channels to remove and return them as a plan; ``model`` is not changed.
@@ -470,10 +521,15 @@ def prune_filters(
         max_ratio: the largest share of any one group to remove, also of the part of it that a layer reads.
         min_width: channels that every layer keeps at least of a group (all it has, if it has fewer).
         exact: leave groups alone whose removal is not exact; see :func:`idap.groups.find_groups`.
-        verify: compare the pruned model with the original whose removed contributions are set to zero
-            (``exact``), and leave out groups that fail. Without, only the form of the outputs is checked.
+        verify: compare the pruned model with the original whose removed contributions are set to zero, and leave
+            out groups that fail. With ``exact=False``, LayerNorms and GroupNorms of that original norm over the
+            channels that are kept; if a softmax or an average spans the channels of a chosen group, or without
+            ``verify``, only the form of the outputs is checked.
         groups: what :func:`idap.groups.find_groups` gave for this model, so that it is not done again;
             ``ignore`` and ``time_limit`` then play no part, and the scan tells which groups are exact.
+        times: milliseconds that each layer takes, by name, as :func:`idap.layer_times` measures them. The global
+            ranking then goes by score per millisecond that a unit takes in all its layers, so that what is slow
+            and carries little goes first.
         time_limit: seconds for finding the groups.
 
     Raises:
@@ -510,6 +566,7 @@ def prune_filters(
         if value not in known:
             raise InvalidInputError(f"{name}: got {value!r}, wanted one of {known}")
     checked = check_scores(model, scores)
+    _check_times(times)
     if groups is None:
         scan = find_groups(model, example_inputs, ignore=ignore, exact=exact, time_limit=time_limit)
     else:
@@ -535,7 +592,7 @@ def prune_filters(
         removals = removals[removals <= len(order)]
         if len(removals) == 1:
             limits = f"round_to={round_to}, max_ratio={max_ratio:g} and min_width={min_width}"
-            skipped.append(Skipped(group.root, group.size, f"cannot shrink with {limits}"))
+            skipped.append(Skipped(group.root, group.size, f"{_CANNOT_SHRINK} with {limits}"))
         else:
             chosen_from.append(group)
             values.append(own)
@@ -544,11 +601,15 @@ def prune_filters(
     cost: CostModel | None = None
     while True:
         cost = CostModel(model, example_inputs, chosen_from, orders, cost)
-        chosen = _decide(chosen_from, values, orders, allowed, cost, ratio, macs, params, scope, normalize)
+        fixed = [own for own in skipped if own.reason.startswith((_CANNOT_SHRINK, ONE_UNIT))]
+        each = None if times is None else unit_times(chosen_from, times)
+        chosen = _decide(
+            chosen_from, values, orders, allowed, cost, ratio, macs, params, scope, normalize, fixed, each
+        )
         plan = PruningPlan(type(model).__name__, (), cost.base, cost.base, tuple(skipped))
         if not chosen:
             return plan
-        plan, failures = _checked(model, plan, chosen, example_inputs, exact and verify)
+        plan, failures = _checked(model, plan, chosen, example_inputs, verify)
         if not failures:
             return plan
         for group, reason in failures:
@@ -643,7 +704,7 @@ def plan_channels(
         plan = PruningPlan(type(model).__name__, (), before, before, tuple(skipped))
         if not chosen:
             return plan
-        plan, failures = _checked(model, plan, chosen, example_inputs, exact and verify)
+        plan, failures = _checked(model, plan, chosen, example_inputs, verify)
         if not failures:
             return plan
         skipped += [Skipped(group.root, group.size, reason) for group, reason in failures]
@@ -655,9 +716,10 @@ def _checked(
     plan: PruningPlan,
     chosen: _Chosen,
     example_inputs: Inputs,
-    exact: bool,
+    verify: bool,
 ) -> tuple[PruningPlan, list[tuple[Group, str]]]:
     """The plan with the chosen units as its step and what comes out of it; or the groups that fail, and why."""
+    exact = verify and all(group.provable for group, _ in chosen)
     plan = replace(plan, steps=(_plan.channel_step(chosen),))
     after = _proved(model, plan, example_inputs, exact)
     if after is not None:
@@ -702,6 +764,24 @@ def _check_coverage(model: nn.Module, groups: Sequence[Group], scores: Mapping[s
         )
 
 
+_CANNOT_SHRINK = "cannot shrink"
+_NAMED = 4
+
+
+def _at_minimum(groups: Sequence[Group], capacity: Sequence[int], fixed: Sequence[Skipped]) -> str:
+    """The groups when each has lost what it may, and those that may lose nothing: the first few, and how many."""
+    named = [f"{own.root} ({own.size})" for own in fixed]
+    named += [
+        f"{group.root} ({group.size - most} of {group.size})"
+        for group, most in zip(groups, capacity, strict=True)
+    ]
+    if not named:
+        return "No group of its channels can be pruned; idap.groups.find_groups tells why"
+    more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    count = f"{len(named)} groups are" if len(named) > 1 else "One group is"
+    return f"{count} at the minimum then (units left): {', '.join(named[:_NAMED])}{more}"
+
+
 def _decide(
     groups: Sequence[Group],
     values: Sequence[Floats],
@@ -713,9 +793,11 @@ def _decide(
     params: float | int | None,
     scope: str,
     normalize: str | None,
+    fixed: Sequence[Skipped] = (),
+    times: Sequence[float] | None = None,
 ) -> list[tuple[Group, list[int]]]:
     capacity = [int(own[-1]) for own in allowed]
-    ranking = rank_units(values, capacity, scope=scope, normalize=normalize, orders=orders)
+    ranking = rank_units(values, capacity, scope=scope, normalize=normalize, orders=orders, times=times)
 
     def removed(length: int) -> list[int]:
         counts = np.bincount(ranking.groups[:length], minlength=len(groups))
@@ -729,7 +811,7 @@ def _decide(
         if wanted > most:
             raise TargetUnreachableError(
                 f"ratio={ratio:g} asks for {wanted} of {total} units, at most {most} can go "
-                f"({len(groups)} groups); lower round_to or raise max_ratio"
+                f"({len(groups)} groups); lower round_to or raise max_ratio. {_at_minimum(groups, capacity, fixed)}"
             )
         length = bisect_left(lengths, wanted, key=lambda n: sum(removed(n)))
         if length and wanted - sum(removed(length - 1)) <= sum(removed(length)) - wanted:
@@ -744,7 +826,8 @@ def _decide(
         if reachable > wanted:
             raise TargetUnreachableError(
                 f"{name}={value!r} asks for {wanted:,}, the least that removal reaches is {reachable:,} "
-                f"({100 * reachable / full:.1f} % of {full:,}); lower round_to or raise max_ratio"
+                f"({100 * reachable / full:.1f} % of {full:,}); lower round_to or raise max_ratio. "
+                + _at_minimum(groups, capacity, fixed)
             )
         length = bisect_left(lengths, -wanted, key=lambda n: -getattr(cost(removed(n)), name))
     counts = removed(length)
@@ -777,26 +860,34 @@ def _proved(model: nn.Module, plan: PruningPlan, example_inputs: Inputs, exact: 
         pruned = plan.apply(model)
         handle = pruned.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
-            after = _plan.measure(pruned, example_inputs)
+            with _detection.predictions(pruned) as said:
+                after = _plan.measure(pruned, example_inputs)
         finally:
             handle.remove()
+        got = _inputs.outputs_of(outputs[-1]) + said
         with (
             _contributions_zeroed(model, plan if exact else None),
+            _detection.most_proposals(model),
+            _detection.same_regions(model, got),
+            _detection.predictions(model) as said,
             _inputs.evaluating(model),
             torch.no_grad(),
         ):
-            wanted = _inputs.call(model, _inputs.to_model(example_inputs, model))
+            output = _inputs.call(model, _inputs.to_model(example_inputs, model))
+            wanted = _inputs.outputs_of(output) + said
     except Exception:
         return None
-    pairs = list(zip(_inputs.outputs_of(wanted), _inputs.outputs_of(outputs[-1]), strict=False))
-    if len(pairs) != len(_inputs.outputs_of(wanted)) or len(pairs) != len(_inputs.outputs_of(outputs[-1])):
+    if len(wanted) != len(got):
         return None
-    for (path, old), (other, new) in pairs:
-        if path != other or old.shape != new.shape or old.dtype != new.dtype:
+    # Rounding may swap them; they follow from the predictions, which are compared.
+    selected = _detection.selections(got)
+    for (path, old), (other, new) in zip(wanted, got, strict=True):
+        first = int(path in selected)
+        if path != other or old.shape[first:] != new.shape[first:] or old.dtype != new.dtype:
             return None
         if not torch.isfinite(old).all() or not torch.isfinite(new).all():
             return None
-        if exact and old.is_floating_point() and old.numel():
+        if exact and not first and old.is_floating_point() and old.numel():
             old, new = old.double(), new.double()
             if not (new - old).abs().max() <= _CLEARLY * old.abs().max():
                 return None
@@ -805,7 +896,10 @@ def _proved(model: nn.Module, plan: PruningPlan, example_inputs: Inputs, exact: 
 
 @contextmanager
 def _contributions_zeroed(model: nn.Module, plan: PruningPlan | None) -> Iterator[None]:
-    """Hooks that set to zero what the layers of ``model`` read of the removed channels of a one-step plan."""
+    """Hooks that set to zero what the layers of ``model`` read of the removed channels of a one-step plan.
+
+    Norms that span channels norm over those that are kept.
+    """
 
     def hook(mask: Tensor) -> Callable[..., tuple[Any, ...]]:
         return lambda module, args: (args[0] * mask.to(args[0]), *args[1:])
@@ -814,7 +908,14 @@ def _contributions_zeroed(model: nn.Module, plan: PruningPlan | None) -> Iterato
     readers: list[str] = []
     try:
         for removal in plan.steps[0].removals if plan is not None else ():
-            if not isinstance(removal, ChannelRemoval) or removal.kind not in ("conv_in", "linear_in"):
+            if not isinstance(removal, ChannelRemoval):
+                continue
+            if removal.kind in _plan.SPANNING_NORMS:
+                gone = set(removal.removed)
+                kept = [index for index in range(removal.size) if index not in gone]
+                norm = model.get_submodule(removal.layer)
+                handles.append(norm.register_forward_hook(_plan.over_kept(kept)))
+            if removal.kind not in ("conv_in", "linear_in"):
                 continue
             module = model.get_submodule(removal.layer)
             mask = torch.ones(removal.size)
@@ -853,16 +954,13 @@ def _examine(
     def narrow(part: _Chosen, problem: str) -> list[tuple[Group, str]]:
         if len(part) == 1:
             return [(part[0][0], problem)]
-        classes = {_head_class(model, group) for group, _ in part}
-        if len(classes) > 1:
-            # Attention modules of one class fail alike, when their forward pass keeps the number of heads.
-            heads = [item for item in part if is_head_group(item[0])]
-            others = [item for item in part if not is_head_group(item[0])]
-            parts = [sub for sub in (heads, others) if sub]
-        elif None not in classes and _BREAKS in problem and fails(part[:1]) and fails(part[-1:]):
+        heads = [item for item in part if is_head_group(item[0])]
+        others = [item for item in part if not is_head_group(item[0])]
+        parts = [sub for sub in (heads, others) if sub]
+        alike = len(parts) == 1 and len({_likeness(model, group) for group, _ in part}) == 1
+        # Groups of one kind fail alike, when a forward pass has a number of heads or a width written into it.
+        if alike and _BREAKS in problem and fails(part[:1]) and fails(part[-1:]):
             return [(group, problem) for group, _ in part]
-        else:
-            parts = []
         found: list[tuple[Group, str]] = []
         if len(parts) < 2:
             parts = [part[: len(part) // 2], part[len(part) // 2 :]]
@@ -876,9 +974,11 @@ def _examine(
     return None, narrow(chosen, problem)
 
 
-def _head_class(model: nn.Module, group: Group) -> type[nn.Module] | None:
-    member = next((member for member in group.members if member.kind in _HEADS), None)
-    return None if member is None else type(model.get_submodule(member.layer))
+def _likeness(model: nn.Module, group: Group) -> frozenset[tuple[str, type[Any]]]:
+    """The kinds of the members and their layers' classes; of heads, the class of the attention alone."""
+    owners = [member for member in group.members if member.kind in _HEADS] or group.members
+    modules = dict(model.named_modules())
+    return frozenset((member.kind, type(modules.get(member.layer))) for member in owners)
 
 
 def _try(

@@ -25,9 +25,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import inputs as _inputs
 from .adapters import attention as _attention
+from .adapters import diffusers as _diffusers
 from .adapters import multihead as _multihead
+from .adapters import position_bias as _position_bias
+from .adapters import shuffle as _shuffle
 from .errors import GraphError, InvalidInputError, PlanMismatchError
 from .inputs import Inputs
+from .profile import is_linear, is_transposed_linear
 from .tracing import (
     INEXACT,
     Axis,
@@ -37,12 +41,13 @@ from .tracing import (
     Trace,
     components,
     is_frozen_bn,
+    is_norm_note,
     side_width,
     trace_model,
 )
 
 Ignore: TypeAlias = "Iterable[str | type[nn.Module] | nn.Module]"
-_PRODUCERS = ("conv_out", "linear_out", "embedding", "parameter")
+PRODUCERS = ("conv_out", "linear_out", "embedding", "parameter")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Member:
             ``bn``, ``frozen_bn``, ``layernorm``, ``groupnorm``, ``instancenorm``, ``prelu``, ``embedding``,
             ``parameter``. An attention module is a member too, whose channels are its heads: ``heads`` if
             layers of their own make and read them (what is cut are the module's attributes), ``mha`` for
-            ``nn.MultiheadAttention``, whose projections are cut with it.
+            ``nn.MultiheadAttention``, whose projections are cut with it. So is a unit that shuffles channels:
+            ``shuffle``, for its output channels.
         size: channels of that side in the whole layer.
         units: for each unit of the group, the channels of this side that go with it (possibly none).
         dim: the dimension that is cut, for the kind ``"parameter"``; else 0.
@@ -70,11 +76,29 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can only be removed together: ``size`` units, each spread over all members."""
+    """Channels that can only be removed together: ``size`` units, each spread over all members.
+
+    Attributes:
+        root: the layer that makes them first.
+        size: number of units.
+        members: in the order in which their layers run.
+        inexact: what spans the channels, so that the others do not come out as they were; empty for an exact
+            group.
+    """
 
     root: str
     size: int
     members: tuple[Member, ...]
+    inexact: tuple[str, ...] = ()
+
+    @property
+    def provable(self) -> bool:
+        """Whether a reference at full width shows what its removal must give.
+
+        True for exact groups, and where nothing but layers of LayerNorm and GroupNorm spans the channels: the
+        reference then norms over those that are kept.
+        """
+        return all(is_norm_note(note) for note in self.inexact)
 
     def removals(self, units: Iterable[int]) -> Iterator[tuple[Member, list[int]]]:
         """The channels of each member that go when ``units`` go."""
@@ -102,6 +126,7 @@ class GroupScan:
     skipped: list[Skipped]
 
 
+ONE_UNIT = "only one unit is left"
 _HEAD_KINDS = ("heads", "mha")
 
 
@@ -165,7 +190,9 @@ def find_groups(
 ) -> GroupScan:
     """Groups of coupled channels of ``model``, in its present numbering.
 
-    A copy of the model runs once on the CPU, in evaluation mode; the model itself is not touched.
+    A copy of the model runs once on the CPU, in evaluation mode; the model itself is not touched. Of the channels
+    under a GroupNorm whole groups go together, which leaves the others as they were; where such norms follow a
+    concatenation, a unit can be several groups. A GroupNorm of one group is like a LayerNorm.
 
     Args:
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
@@ -187,12 +214,15 @@ def find_groups(
     deadline = Deadline(time_limit)
     covered = resolve_ignore(model, ignore)
     duplicate = _inputs.tracing_copy(model, "cpu")
+    for table in _position_bias.tables(duplicate):
+        table.requires_grad_(False)  # followed, it would tie the heads of all layers together
     example = _inputs.to_device(example_inputs, "cpu")
     halves = (torch.float16, torch.bfloat16)
     if any(tensor.dtype in halves for tensor in duplicate.parameters()):
         duplicate = duplicate.float()
         example = _inputs.map_tensors(example, lambda t: t.float() if t.dtype in halves else t)
     try:
+        _shuffle.convert_all(duplicate, _shuffle.find_units(duplicate))
         trace = trace_model(duplicate, example, deadline)
     except (GraphError, InvalidInputError):
         raise
@@ -245,7 +275,7 @@ def _collect(
             label = parent[label]
         return label
 
-    producers = [(axis, side) for axis, side in sides if side[1] in _PRODUCERS]
+    producers = [(axis, side) for axis, side in sides if side[1] in PRODUCERS]
     for axis, _ in producers:
         own = [int(label) for label in dict.fromkeys(labels_of(axis).tolist())]
         for label in own:
@@ -282,12 +312,14 @@ def _collect(
             if label in parent and why not in notes[find(label)]:
                 notes[find(label)].append(why)
     found: list[tuple[str, int, list[Member], str | None]] = []
+    inexact: dict[str, tuple[str, ...]] = {}
     attention = _attention.attention_modules(model)
     for group, first in roots.items():
         parts, obstacle = _with_heads(members[group], attention, trace.order)
         size = len(unit_numbers[group])
         reason = _reason(parts, size, notes[group], covered, obstacle, exact)
         found.append((first, size, parts, reason))
+        inexact[first] = tuple(note for note in notes[group] if INEXACT in note)
     for name in trace.order:
         module = model.get_submodule(name)
         if isinstance(module, nn.MultiheadAttention):
@@ -302,7 +334,11 @@ def _collect(
             found.append((name, heads, [], "attention heads: what makes and reads them is not followed"))
     found.sort(key=lambda entry: trace.order.get(entry[0], len(trace.order)))
     return GroupScan(
-        [Group(root, size, tuple(parts)) for root, size, parts, reason in found if reason is None],
+        [
+            Group(root, size, tuple(parts), inexact.get(root, ()))
+            for root, size, parts, reason in found
+            if reason is None
+        ],
         [Skipped(root, size, reason) for root, size, _, reason in found if reason is not None],
     )
 
@@ -321,7 +357,17 @@ def _with_heads(
     heads: list[Member] = []
     for name, own in makers.items():
         size = attention[name]
+        places = [order.get(member.layer, 0) for member in own if member.kind in PRODUCERS]
+        if not places:
+            continue  # a norm of the trunk, in front of the queries
         made = max(order.get(member.layer, 0) for member in own)
+        entering = [
+            order.get(member.layer, 0)
+            for member in members
+            if member.kind.endswith("_in") and (not name or member.layer.startswith(name + "."))
+        ]
+        if entering and max(entering) < min(places):
+            continue  # the trunk, which the attention reads first and its output projection makes again
         readers = [
             units
             for member in members
@@ -332,6 +378,7 @@ def _with_heads(
             return members, f"attention heads: only whole heads are removed from {name or 'the model'}"
         heads.append(Member(name, "heads", size, readers[0]))
     # First, so that a plan sets the attributes while the layers are as wide as these say.
+    members = sorted(members, key=lambda member: member.kind != "shuffle")
     return heads + members, None
 
 
@@ -378,7 +425,7 @@ def _reason(
     if exact and notes:
         return notes[0]
     if size < 2:
-        return "only one unit is left" if size else "no units"
+        return ONE_UNIT if size else "no units"
     if not any(member.kind in ("conv_out", "linear_out", "mha") for member in members):
         return "no convolution or linear layer makes its channels"
     return None
@@ -390,7 +437,7 @@ def _reason(
 
 _KINDS = (
     "conv_out", "conv_in", "depthwise", "linear_out", "linear_in", "bn", "frozen_bn", "layernorm",
-    "groupnorm", "instancenorm", "prelu", "embedding", "parameter", *_HEAD_KINDS,
+    "groupnorm", "instancenorm", "prelu", "embedding", "parameter", "shuffle", *_HEAD_KINDS,
 )  # fmt: skip
 
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -435,7 +482,17 @@ def side_size(model: nn.Module, layer: str, kind: str, dim: int = 0) -> int:
                 f"{layer}: the plan removes attention heads here, the model has a {type(module).__name__}"
             )
         return heads
-    fits = is_frozen_bn(module) if kind == "frozen_bn" else isinstance(module, _CLASSES[kind])
+    if kind == "shuffle":
+        width = _shuffle.width(module)
+        if width is None:
+            raise PlanMismatchError(
+                f"{layer}: the plan cuts a unit that shuffles channels here, the model has a {type(module).__name__}"
+            )
+        return width
+    if kind == "frozen_bn":
+        fits = is_frozen_bn(module)
+    else:
+        fits = is_linear(module) if kind.startswith("linear_") else isinstance(module, _CLASSES[kind])
     if not fits:
         wanted = "FrozenBatchNorm2d" if kind == "frozen_bn" else _CLASSES[kind].__name__.strip("_")
         raise PlanMismatchError(
@@ -462,13 +519,19 @@ def cut(model: nn.Module, layer: str, kind: str, removed: Sequence[int], dim: in
     if kind in _HEAD_KINDS:
         _attention.remove_heads(module, layer, indices)
         return
+    if kind == "shuffle":
+        _shuffle.remove_channels(module, layer, indices)
+        return
     if kind == "frozen_bn":
         keep = sorted(set(range(side_width(module, kind))) - set(indices))
         for name in ("weight", "bias", "running_mean", "running_var"):
             setattr(module, name, getattr(module, name)[keep].clone())
         return
     if kind == "layernorm":
-        tp.pruner.function.LayernormPruner(pruning_dim=-1).prune_out_channels(module, indices)
+        _narrow_layernorm(module, indices)  # type: ignore[arg-type]
+        return
+    if is_transposed_linear(module):
+        _narrow_transposed_linear(module, kind, indices)
         return
     size = side_width(module, kind)
     functions = {
@@ -483,11 +546,54 @@ def cut(model: nn.Module, layer: str, kind: str, removed: Sequence[int], dim: in
         "prelu": tp.prune_prelu_out_channels,
         "embedding": tp.prune_embedding_out_channels,
     }
+    groups = _groups_left(module, layer, indices) if isinstance(module, nn.GroupNorm) else 0
     functions[kind](module, indices)
-    if kind == "groupnorm" and module.num_groups == size:
-        # Torch-Pruning keeps the number of groups, which is the number of channels here.
-        module.num_groups = module.num_channels
+    if isinstance(module, nn.GroupNorm):
+        module.num_groups = groups  # Torch-Pruning leaves it as it was
+    if isinstance(module, _ConvNd):
+        _diffusers.follow_convolution(model.get_submodule(layer.rpartition(".")[0]), module)
     if kind == "instancenorm" and getattr(module, "running_mean", None) is not None:
         keep = sorted(set(range(size)) - set(indices))
         module.running_mean = module.running_mean[keep].clone()  # type: ignore[index]
         module.running_var = module.running_var[keep].clone()  # type: ignore[index]
+
+
+def _narrow_layernorm(module: nn.LayerNorm, removed: Sequence[int]) -> None:
+    """By ourselves, as Torch-Pruning 1.6.1 leaves the kept weights in the order of a set, which is not ascending."""
+    width = module.normalized_shape[-1]
+    keep = sorted(set(range(width)) - set(removed))
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.detach()[keep].clone(), parameter.requires_grad))
+    module.normalized_shape = (len(keep),)
+
+
+def _narrow_transposed_linear(module: nn.Module, kind: str, removed: Sequence[int]) -> None:
+    """Cut GPT-2's ``Conv1D``, which Torch-Pruning does not know: its weight is (in, out)."""
+    cuts = {"weight": 1, "bias": 0} if kind == "linear_out" else {"weight": 0}
+    keep = sorted(set(range(side_width(module, kind))) - set(removed))
+    for name, dim in cuts.items():
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            index = torch.tensor(keep, device=parameter.device)
+            smaller = parameter.detach().index_select(dim, index)
+            setattr(module, name, nn.Parameter(smaller, parameter.requires_grad))
+    setattr(module, "nf" if kind == "linear_out" else "nx", len(keep))
+
+
+def _groups_left(module: nn.GroupNorm, layer: str, removed: Sequence[int]) -> int:
+    """Groups of a GroupNorm without some channels: whole groups are gone, or each lost as many as the others.
+
+    Raises:
+        PlanMismatchError: if what is left does not fall into equal groups of channels that were normalised
+            together.
+    """
+    width = module.num_channels // module.num_groups
+    lost = np.bincount(np.asarray(removed, dtype=np.int64) // width, minlength=module.num_groups)
+    if (lost % width == 0).all():
+        return int((lost == 0).sum())
+    if (lost == lost[0]).all():
+        return module.num_groups
+    raise PlanMismatchError(
+        f"{layer}: the plan removes between {lost.min()} and {lost.max()} of the {width} channels that a group "
+        f"of this GroupNorm has; wanted whole groups, or as many of each of its {module.num_groups} groups"
+    )

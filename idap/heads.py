@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import multihead as _multihead
 from .errors import InvalidInputError
 from .groups import Group, GroupScan, Member
+from .profile import is_transposed_linear
 
 if TYPE_CHECKING:
     from .profile import ActivationProfile
@@ -254,7 +255,8 @@ def _norms(model: nn.Module, part: HeadChannels) -> Tensor:
     owner, _, key = part.layer.rpartition(".")
     weight: Any = None
     try:
-        weight = model.get_submodule(part.layer).weight
+        layer = model.get_submodule(part.layer)
+        weight = layer.weight.t() if is_transposed_linear(layer) else layer.weight  # type: ignore[operator]
     except AttributeError:
         with suppress(AttributeError):
             weight = getattr(model.get_submodule(owner), key)

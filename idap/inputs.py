@@ -82,7 +82,10 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a nested structure (tensor, sequence, mapping, dataclass), with its path."""
+    """Every tensor in a nested structure (tensor, sequence, mapping, dataclass), with its path.
+
+    A cache of keys and values is passed over: it is what a model keeps for its next call, and as wide as its heads.
+    """
     if isinstance(value, Tensor):
         yield prefix, value
     elif isinstance(value, Mapping):
@@ -91,10 +94,18 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
             yield from named_tensors(item, f"{prefix}[{index}]")
+    elif is_cache(value):
+        return
     elif value is not None and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
         for key, item in vars(value).items():
             if not key.startswith("_"):
                 yield from named_tensors(item, f"{prefix}.{key}")
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a cache of keys and values, as models of transformers fill it when they generate."""
+    # Those of transformers, by their interface; older ones are mappings or sequences, and outputs like any other.
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
 
 
 def outputs_of(value: Any) -> list[tuple[str, Tensor]]:
@@ -107,13 +118,26 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((tensor for _, tensor in named_tensors(value)), None)
 
 
+def images_of(inputs: Inputs) -> list[Tensor] | None:
+    """The first argument if it is a list of images (C, H, W) of up to 4 channels, as detectors take them."""
+    args, kwargs = as_call(inputs)
+    first = next(iter((*args, *kwargs.values())), None)
+    if not isinstance(first, list) or not first:
+        return None
+    images = all(isinstance(item, Tensor) and item.dim() == 3 and item.shape[0] <= 4 for item in first)
+    return first if images else None
+
+
 def batch_size_of(inputs: Inputs) -> int:
-    """Length of the first dimension of the first tensor that has one.
+    """Length of the first dimension of the first tensor that has one; of a list of images, its own.
 
     Raises:
         InvalidInputError: if there is no such tensor.
         EmptyDataError: if that length is 0.
     """
+    images = images_of(inputs)
+    if images is not None:
+        return len(images)
     args, kwargs = as_call(inputs)
     for path, tensor in named_tensors((args, kwargs)):
         if tensor.dim() > 0:

@@ -131,6 +131,75 @@ def compare_latency(
     return LatencyComparison(stats, {name: tuple(values) for name, values in times.items()})
 
 
+def layer_times(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    warmup: int = 3,
+    runs: int = 10,
+    threads: int | None = None,
+) -> dict[str, float]:
+    """Milliseconds that each module takes by itself in one forward pass: its own time less that of its children.
+
+    The median of ``runs`` passes, after ``warmup`` that are not counted; a module that runs several times in a
+    pass counts all of them. On CUDA the device is waited for before and after every module, so that a module's
+    launches count and nothing overlaps: the sum is longer than an undisturbed pass. Otherwise as
+    :func:`measure_latency`.
+
+    Returns:
+        A number, 0 or more, for every module that ran, by its name; ``""`` is the model itself.
+
+    Raises:
+        InvalidInputError: ``warmup``, ``runs`` or ``threads`` is out of range.
+    """
+    if warmup < 0:
+        raise InvalidInputError(f"warmup must be at least 0, got {warmup}")
+    if runs < 1:
+        raise InvalidInputError(f"runs must be at least 1, got {runs}")
+    if threads is not None and threads < 1:
+        raise InvalidInputError(f"threads must be at least 1, got {threads}")
+    device = _device(model)
+    inputs = to_device(example_inputs, device)
+    names = {module: name for name, module in model.named_modules()}
+    open_: list[list[float]] = []  # of each module that runs now: when it began, what its children took
+    spent: dict[str, float] = {}
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() * 1e3
+
+    def before(module: nn.Module, args: Any) -> None:
+        open_.append([now(), 0.0])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        begin, inside = open_.pop()
+        total = now() - begin
+        spent[names[module]] = spent.get(names[module], 0.0) + total - inside
+        if open_:
+            open_[-1][1] += total
+
+    rounds: list[dict[str, float]] = []
+    handles: list[Any] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(threads))
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(evaluating(model))
+        try:
+            for module in names:
+                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_hook(after))
+            for _ in range(warmup + runs):
+                spent, open_[:] = {}, []
+                call(model, inputs)
+                rounds.append(spent)
+        finally:
+            for handle in handles:
+                handle.remove()
+    rounds = rounds[warmup:]
+    return {name: max(0.0, _quantile([own.get(name, 0.0) for own in rounds], 0.5)) for name in rounds[0]}
+
+
 def _stopwatch(model: nn.Module, example_inputs: Any) -> Callable[[], float]:
     device = _device(model)
     inputs = to_device(example_inputs, device)

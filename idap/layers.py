@@ -1,7 +1,9 @@
 """Stage 2: blocks that the identity or a projection can stand in for, found by running the model; their removal.
 
 The identity takes the place of a block whose output has the shape of its input; where the shapes differ, a 1x1
-convolution or a linear layer does, fitted to the block by least squares (:func:`fit_projections`).
+convolution or a linear layer does, fitted to the block by least squares (:func:`fit_projections`). In a plain
+stack of convolutions a block is a *unit*: one of them, with the norm and the activation behind it. A layer whose
+output is only concatenated to what others made (DenseNet) is cut out with its channels.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,22 +25,25 @@ from . import plan as _plan
 from .errors import (
     EmptyDataError,
     ForwardError,
+    GraphError,
     InvalidInputError,
     NonFiniteError,
     PlanMismatchError,
     SurgeryError,
     TargetUnreachableError,
 )
-from .groups import Ignore, Skipped, resolve_ignore
+from .groups import PRODUCERS, Group, GroupScan, Ignore, Skipped, find_groups, resolve_ignore
 from .inputs import Inputs
 from .plan import (
     BlockRemoval,
     BlockStep,
+    ChannelStep,
     IdentityBlock,
     Projection,
     ProjectionBlock,
     PruningPlan,
     Returns,
+    Step,
     target_count,
 )
 
@@ -65,17 +70,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Block:
-    """A module that the identity, or a projection, can replace.
+    """A module, or a run of modules, that the identity or a projection can replace, or that can be cut out.
 
     Attributes:
-        name: qualified module name.
+        name: qualified module name; of a unit that of its convolution.
         type: class name of the module.
-        shape: shape of its hidden state going in; without a projection the same coming out.
+        shape: shape of its hidden state going in; of a block with neither a projection nor channels of its own
+            the same coming out.
         params: number of parameters inside.
         residual: its input reaches its output around the layers inside.
         returns: ``"tensor"``, or how each further item of the returned tuple is made
             (see :class:`IdentityBlock`).
-        projection: the linear map that can replace it where its output has another shape; else None.
+        projection: the linear map that can replace it where the identity cannot, or means little; else None.
+        followers: name and class name of the further modules of a unit, in the order in which they run.
+        channels: of a block that is cut out the groups of channels that go with it; it alone makes them.
     """
 
     name: str
@@ -85,6 +93,22 @@ class Block:
     residual: bool
     returns: Returns = "tensor"
     projection: Projection | None = None
+    followers: tuple[tuple[str, str], ...] = ()
+    channels: tuple[Group, ...] = field(default=(), repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modules that go: one, or those of a unit."""
+        return (self.name, *(name for name, _ in self.followers))
+
+    @property
+    def last(self) -> str:
+        """Name of the module whose output is that of the block."""
+        return self.names[-1]
+
+    def holds(self, name: str) -> bool:
+        """Whether a module is one of the block, or inside it."""
+        return any(name == own or _is_inside(name, own) for own in self.names)
 
 
 @dataclass
@@ -97,6 +121,7 @@ class _Call:
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     count: int = 1
     sink: Any = None
+    shape_out: tuple[int, ...] | None = None
     returns: Returns | None = None
     obstacle: str | None = None
     projection: Projection | None = None
@@ -176,30 +201,38 @@ def _projection_of(module: nn.Module, before: tuple[int, ...], after: tuple[int,
     return projection if 3 * projection.params <= 2 * _size(module) else None
 
 
-def _record(model: nn.Module, example_inputs: Inputs) -> tuple[dict[str, _Call], list[Any], set[Any]]:
+def _record(model: nn.Module, example_inputs: Inputs) -> _Search:
     """Run a copy of ``model`` once: calls by module name, autograd nodes of its outputs and of its inputs."""
     duplicate = _inputs.tracing_copy(model)
     names = {module: name for name, module in duplicate.named_modules()}
     calls: dict[str, _Call] = {}
     origins: set[Any] = set()
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         name = names[module]
         if name in calls:
             calls[name].count += 1
-            return
-        hidden = _inputs.first_tensor(args)
-        hidden = _inputs.first_tensor(kwargs) if hidden is None else hidden
-        shape = None if hidden is None else tuple(hidden.shape)
-        calls[name] = _Call(module, shape, None if hidden is None else hidden.grad_fn, (args, kwargs))
+            return None
+        hidden = _inputs.first_tensor((args, kwargs))
+        moved = hidden
+        if hidden is not None and hidden.grad_fn is None and hidden.is_floating_point():
+            # A constant, such as the zeros that the queries of a detector begin with: a node to arrive at.
+            given = hidden
+            moved = given.detach().requires_grad_(True).clone()
+            args = tuple(moved if value is given else value for value in args)
+            kwargs = {key: moved if value is given else value for key, value in kwargs.items()}
+        shape = None if moved is None else tuple(moved.shape)
+        calls[name] = _Call(module, shape, None if moved is None else moved.grad_fn, (args, kwargs))
+        return None if moved is hidden else (args, kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = calls[names[module]]
         if call.count > 1:
             call.obstacle = "called more than once in a pass"
             return
-        entering = _inputs.first_tensor(args)
-        entering = _inputs.first_tensor(kwargs) if entering is None else entering
+        entering = _inputs.first_tensor((args, kwargs))
         if entering is None:
             call.obstacle = "takes no tensor"
             return
@@ -207,7 +240,7 @@ def _record(model: nn.Module, example_inputs: Inputs) -> tuple[dict[str, _Call],
         call.arguments = ((), {})
         if leaving is None:
             return
-        call.sink = leaving.grad_fn
+        call.sink, call.shape_out = leaving.grad_fn, tuple(leaving.shape)
         if isinstance(module, nn.Embedding):
             origins.add(leaving.grad_fn)
         if tuple(leaving.shape) != call.shape_in or leaving.dtype != entering.dtype:
@@ -239,7 +272,11 @@ def _record(model: nn.Module, example_inputs: Inputs) -> tuple[dict[str, _Call],
         for handle in handles:
             handle.remove()
     sinks = [tensor.grad_fn for _, tensor in _inputs.named_tensors(output) if tensor.grad_fn is not None]
-    return calls, sinks, origins
+    return _Search(duplicate, calls, sinks, origins)
+
+
+def _is_cat(node: Any) -> bool:
+    return bool(node.name().startswith("Cat"))
 
 
 def _is_inside(name: str, parent: str) -> bool:
@@ -254,11 +291,18 @@ def _place(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+# Modules whose children have no names in the code that runs them, but are run in their order.
+_CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
+
+
 class _Search:
     """One recorded pass, and the questions that tell blocks from containers, parts and branches."""
 
-    def __init__(self, calls: dict[str, _Call], outputs: list[Any], origins: set[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, calls: dict[str, _Call], outputs: list[Any], origins: set[Any]
+    ) -> None:
         self.calls = calls
+        self._model = model
         self._outputs = outputs
         self._origins = origins
         self._layers = [
@@ -267,6 +311,38 @@ class _Search:
             if not any(True for _ in call.module.children())
             and any(p.dim() >= 2 for p in call.module.parameters())
         ]
+        self.units = dict(self._units())
+
+    def _units(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Convolutions in containers, and the children right behind each that keep its shape and hold no layer.
+
+        What is in them is called once, each after the other. Not those that are all of their container.
+        """
+        for owner, container in self._model.named_modules():
+            if not isinstance(container, _CONTAINERS):
+                continue
+            children = [
+                (f"{owner}.{key}" if owner else key, child) for key, child in container.named_children()
+            ]
+            for start, (name, module) in enumerate(children):
+                if not isinstance(module, _ConvNd) or not self._runs(name):
+                    continue
+                last, followers = self.calls[name], []
+                for other, follower in children[start + 1 :]:
+                    layers = any(p.dim() >= 2 for p in follower.parameters())
+                    if layers or isinstance(follower, IdentityBlock) or not self._runs(other):
+                        break
+                    call = self.calls[other]
+                    if call.source is not last.sink or call.shape_out != last.shape_out:
+                        break
+                    last = call
+                    followers.append(other)
+                if followers and len(followers) + 1 < len(children):
+                    yield name, tuple(followers)
+
+    def _runs(self, name: str) -> bool:
+        call = self.calls.get(name)
+        return call is not None and call.count == 1 and call.source is not None and call.sink is not None
 
     def can_stand(self, name: str) -> bool:
         """Whether a module is called once, between two tensors of the autograd graph, and holds layers."""
@@ -287,7 +363,10 @@ class _Search:
         told by its parts being of as many classes as there are parts, and by being one of a row of its class.
         """
         call = self.calls[name]
+        kind = type(call.module)
         cuts: list[str] = []
+        if kind is nn.Sequential:
+            candidates = (*candidates, *(unit for unit in self.units if self.keeps_shape(unit)))
         for inner in candidates:
             if not _is_inside(inner, name) or any(_is_inside(inner, outer) for outer in cuts):
                 continue
@@ -297,7 +376,6 @@ class _Search:
         if not cuts or 3 * sum(_size(self.calls[n].module) for n in cuts) < 2 * _size(call.module):
             return False
         parts = {type(self.calls[inner].module) for inner in cuts}
-        kind = type(call.module)
         row = [n for n, c in self.calls.items() if type(c.module) is kind and _place(n) == _place(name)]
         return kind is nn.Sequential or not 1 < len(parts) == len(cuts) or len(row) < 2
 
@@ -314,15 +392,12 @@ class _Search:
     def between_layers(self, name: str) -> bool:
         """Whether layers run before and after a module: it is neither the stem of the model nor its head."""
         call = self.calls[name]
-        if not _reaches(call.source, {sink for n, sink in self._layers if not _is_inside(n, name)}, set()):
+        others = {n: sink for n, sink in self._layers if n != name and not _is_inside(n, name)}
+        if not _reaches(call.source, set(others.values()), set()):
             return False
         order = list(self.calls)
         later = set(order[order.index(name) :])
-        return any(
-            _reaches(sink, {call.sink}, set())
-            for layer, sink in self._layers
-            if layer in later and not _is_inside(layer, name)
-        )
+        return any(_reaches(sink, {call.sink}, set()) for layer, sink in others.items() if layer in later)
 
     def without_parts(self, accepted: dict[str, bool], kinds: set[type], places: set[str]) -> dict[str, bool]:
         """``accepted`` (name to residual) less what is only a part of a module that is like a block."""
@@ -344,15 +419,69 @@ class _Search:
             if any(_is_inside(name, outer) for outer in accepted) or self.is_container(name, candidates):
                 continue
             residual = self.bypassed(name)
-            if residual or self.on_trunk(name):
+            inner = (part for part in candidates if _is_inside(part, name))
+            if residual or (self.on_trunk(name) and not any(map(self.bypassed, inner))):
                 accepted[name] = residual
         kinds = {type(self.calls[name].module) for name in accepted}
         return self.without_parts(accepted, kinds, {_place(name) for name in accepted})
 
+    def keeps_shape(self, unit: str) -> bool:
+        """Whether the output of a unit has the shape of its input."""
+        return self.calls[unit].obstacle is None
+
+    def plain_units(self, others: Mapping[str, bool], wanted: Callable[[str], bool]) -> dict[str, bool]:
+        """Units on the trunk, beside the ``others``: name to False, since nothing bypasses a unit."""
+        accepted = {
+            name: False
+            for name, followers in self.units.items()
+            if wanted(name)
+            and not any(_is_inside(name, other) for other in others)
+            and self.on_trunk(followers[-1])
+            and self.between_layers(name)
+        }
+        kinds = {type(self.calls[name].module) for name in others} - set(_CONTAINERS)
+        return self.without_parts(accepted, kinds, {_place(name) for name in others})
+
+    def growing(self, others: Mapping[str, bool]) -> list[str]:
+        """Children of containers whose output is read by concatenations alone, with or beside what they read."""
+        readers: dict[Any, list[Any]] = {}
+        stack = [sink for sink in self._outputs if sink is not None]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            for upstream, _ in node.next_functions:
+                if upstream is None:
+                    continue
+                readers.setdefault(upstream, []).append(node)
+                if upstream not in seen:
+                    seen.add(upstream)
+                    stack.append(upstream)
+
+        def beside(call: _Call) -> bool:
+            """Whether a concatenation has what the module reads, or the parts that this was put together of."""
+            parts = {call.source}
+            if _is_cat(call.source):
+                parts = {upstream for upstream, _ in call.source.next_functions if upstream is not None}
+            return all(
+                any(_reaches(reader, {part}, {call.sink}) for reader in readers[call.sink]) for part in parts
+            )
+
+        return [
+            name
+            for name, call in self.calls.items()
+            if call.returns == "tensor"
+            and isinstance(self._model.get_submodule(name.rpartition(".")[0]), _CONTAINERS[1:])
+            and self.can_stand(name)
+            and not any(name == other or _is_inside(name, other) for other in others)
+            and call.sink in readers
+            and all(map(_is_cat, readers[call.sink]))
+            and beside(call)
+        ]
+
     def shape_changing(self, others: Mapping[str, bool]) -> dict[str, bool]:
-        """Blocks for a projection, beside the ``others``, which go by the identity."""
+        """Blocks for a projection, beside the ``others``, which go by the identity or are cut out."""
         # The same class as a block: a block, wherever it stands and whatever it is made of.
-        kinds = {type(self.calls[name].module) for name in others} - {nn.Sequential}
+        kinds = {type(self.calls[name].module) for name in others if name not in self.units} - {nn.Sequential}
         candidates = [name for name, call in self.calls.items() if call.projection and self.can_stand(name)]
         accepted: dict[str, bool] = {}
         for name in candidates:
@@ -369,8 +498,41 @@ class _Search:
         return self.without_parts(accepted, kinds, {_place(name) for name in (*accepted, *others)})
 
 
+def _cuttable(scan: GroupScan, name: str, shape: tuple[int, ...]) -> tuple[Group, ...]:
+    """The groups that all channels of a module's output, of this shape, are; none if others make them too."""
+    leaving: list[Group] = []
+    for group in scan.groups:
+        makers = [member for member in group.members if member.kind in PRODUCERS]
+        readers = [member for member in group.members if not _is_inside(member.layer, name)]
+        if not readers or not any(_is_inside(member.layer, name) for member in makers):
+            continue
+        # What reads them must have others besides, and nothing outside may make them.
+        if any(member in readers for member in makers) or any(
+            member.size <= sum(map(len, member.units)) for member in readers
+        ):
+            return ()
+        leaving.append(group)
+    convolutional = any(member.kind == "conv_out" for group in leaving for member in group.members)
+    width = shape[1 if convolutional else -1] if len(shape) > 1 else 0
+    return tuple(leaving) if sum(group.size for group in leaving) == width else ()
+
+
+def _own_channels(
+    model: nn.Module, example_inputs: Inputs, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Group, ...]]:
+    """By name of a module those groups of channels that make up its output and that it alone makes."""
+    if not shapes:
+        return {}
+    try:
+        scan = find_groups(model, example_inputs)
+    except GraphError:
+        return {}
+    found = {name: _cuttable(scan, name, shape) for name, shape in shapes.items()}
+    return {name: groups for name, groups in found.items() if groups}
+
+
 def find_blocks(model: nn.Module, example_inputs: Inputs, *, projections: bool = False) -> list[Block]:
-    """Blocks that the identity or a projection can replace, in the order in which they run.
+    """Blocks that the identity or a projection can replace, or that can be cut out, in the order in which they run.
 
     The model (a copy of it, in evaluation mode) runs once under hooks. A block has children and parameters,
     is called once in the pass, takes a hidden state as its first tensor and gives one of the same shape and
@@ -382,10 +544,25 @@ def find_blocks(model: nn.Module, example_inputs: Inputs, *, projections: bool =
       count. One of a row of modules of one class, whose parts are each of another class, is no container: a
       transformer layer made of an attention and an MLP with a residual sum each;
     - a block that its input does not bypass (no residual sum) counts only on the model's trunk, where
-      everything between the model's inputs and outputs passes through it;
+      everything between the model's inputs and outputs passes through it, and not if it holds modules that
+      their inputs bypass: a stage of a U-Net that happens to keep the shape;
     - nothing counts inside a module of the same class as a block, and no block without a residual sum inside
       one at a like place (the same name but for numbers): the inner parts of the one bottleneck that changes
       the shape are no blocks when the other bottlenecks are.
+
+    Two forms of blocks are no modules of that kind:
+
+    - a unit, in plain stacks such as VGG: a convolution among the children of an ``nn.Sequential`` (or
+      ``nn.ModuleDict``, ``nn.ModuleList``), and the children right behind it that hold no layer and keep its
+      shape: norm, activation, dropout. Units lie on the trunk, between layers of the model, outside of other
+      blocks. Nothing ties the channels of a unit's output to those of its input, so that the identity puts
+      values there that the layers behind know nothing of, at full width as much as after stage 1, where only
+      the numbers of channels have to agree; fine-tuning has to make up for it. With ``projections`` a unit
+      goes for a projection, whatever the shapes, where that saves a third of its parameters;
+    - a layer that is cut out: a child of an ``nn.ModuleDict`` or ``nn.ModuleList`` whose output is read by
+      concatenations alone, which its input reaches around it as well, as in DenseNet, and whose channels it
+      alone makes (:func:`idap.groups.find_groups`, which runs if there is such a child). All that reads the
+      concatenation must have other channels besides.
 
     Args:
         projections: find blocks too whose output has another shape but the same rank and batch: with
@@ -398,10 +575,15 @@ def find_blocks(model: nn.Module, example_inputs: Inputs, *, projections: bool =
     Raises:
         InvalidInputError: if the model cannot be copied or the example inputs are of no known form.
     """
-    search = _Search(*_record(model, example_inputs))
+    search = _record(model, example_inputs)
     found = search.same_shape()
+    found |= search.plain_units(found, search.keeps_shape)
+    shapes = {name: shape for name in search.growing(found) if (shape := search.calls[name].shape_out)}
+    channels = _own_channels(model, example_inputs, shapes)
+    found |= dict.fromkeys(channels, False)
     if projections:
         found |= search.shape_changing(found)
+        found |= search.plain_units(found, lambda name: search.calls[name].projection is not None)
     modules = dict(model.named_modules())
     blocks: list[Block] = []
     for name, call in search.calls.items():
@@ -409,15 +591,21 @@ def find_blocks(model: nn.Module, example_inputs: Inputs, *, projections: bool =
             assert call.shape_in is not None
             assert call.returns is not None
             module = modules[name]
+            followers = search.units.get(name, ())
+            projection = call.projection
+            if projections and followers and projection is None:
+                projection = _projection_of(module, call.shape_in, call.shape_in)
             blocks.append(
                 Block(
                     name,
                     type(module).__name__,
                     call.shape_in,
-                    _size(module),
+                    sum(_size(modules[part]) for part in (name, *followers)),
                     found[name],
                     call.returns,
-                    call.projection,
+                    projection if projections and name not in channels else None,
+                    tuple((follower, type(modules[follower]).__name__) for follower in followers),
+                    channels.get(name, ()),
                 )
             )
     return blocks
@@ -431,9 +619,10 @@ def find_blocks(model: nn.Module, example_inputs: Inputs, *, projections: bool =
 def block_filter_divergence(
     model: nn.Module, scores: Mapping[str, Tensor], blocks: Iterable[Block | str]
 ) -> dict[str, float]:
-    """The mean divergence of the filters of each block: what blocks that change the shape are ranked by.
+    """The mean divergence of the filters of each block: what blocks that go for projections are ranked by.
 
-    There is no norm of a difference of two shapes to take, as :func:`idap.criteria.layer_divergence` does.
+    There is no norm of a difference of two shapes to take, as :func:`idap.criteria.layer_divergence` does. Of a
+    unit only its convolution has filters.
 
     Args:
         scores: per layer name, shape (output channels,), as :func:`idap.criteria.flow_divergence` gives them.
@@ -472,9 +661,10 @@ def truncate_layers(
     verify: bool = True,
     projections: bool = False,
 ) -> PruningPlan:
-    """Choose the blocks to replace by the identity, lowest divergence first; ``model`` is not changed.
+    """Choose the blocks to replace by the identity or to cut out, lowest divergence first.
 
-    Exactly one of ``count`` and ``macs`` is given. Ties: the block that runs first goes first.
+    ``model`` is not changed. Exactly one of ``count`` and ``macs`` is given. Ties: the block that runs first goes
+    first.
 
     Args:
         divergences: per block name, as :func:`idap.criteria.layer_divergence` gives them, and
@@ -487,8 +677,9 @@ def truncate_layers(
         verify: run the shortened model and check the form of its outputs; blocks without which the model does
             not run, because something else looks into them, are left alone.
         projections: blocks that change the shape may go too, for a projection, once all others are gone: the
-            two kinds of divergence are of different units and are ranked apart. The projections of the pruned
-            model begin at zero; :func:`fit_projections` fills them.
+            two kinds of divergence are of different units and are ranked apart. So may units, which then all go
+            for projections. The projections of the pruned model begin at zero; :func:`fit_projections` fills
+            them.
 
     Raises:
         InvalidInputError: for arguments out of range, or a name that is no module of the model.
@@ -524,7 +715,7 @@ def truncate_layers(
     skipped: list[Skipped] = []
     found = find_blocks(model, example_inputs, projections=projections)
     for order, block in enumerate(found):
-        if block.name in covered:
+        if any(name in covered for name in block.names):
             skipped.append(Skipped(block.name, 1, "ignored on request"))
         elif block.name not in divergences:
             skipped.append(Skipped(block.name, 1, "no divergence given"))
@@ -539,8 +730,7 @@ def truncate_layers(
     before = _plan.measure(model, example_inputs)
 
     def plan_of(chosen: list[Block]) -> PruningPlan:
-        steps = (BlockStep(tuple(map(_removal, chosen))),) if chosen else ()
-        return PruningPlan(type(model).__name__, steps, before, None, tuple(skipped))
+        return PruningPlan(type(model).__name__, _steps(chosen), before, None, tuple(skipped))
 
     def macs_of(chosen: list[Block]) -> int:
         shortened = plan_of(chosen).apply(model)
@@ -572,9 +762,11 @@ def truncate_layers(
         return blocks[: bisect_left(range(len(blocks) + 1), -wanted, key=lambda n: -macs_of(blocks[:n]))]
 
     while True:
+        for at, reason in reversed(_conflicts([block for *_, block in ranked])):
+            skipped.append(Skipped(ranked.pop(at)[-1].name, 1, reason))
         try:
             plan = plan_of(choose())
-            pruned = plan.apply(model, example_inputs if verify else None)
+            pruned = _applied(plan, model, example_inputs) if verify else plan.apply(model)
             return replace(plan, after=_plan.measure(pruned, example_inputs))
         except SurgeryError:
             # Some containers look into their blocks; find out which of them must stay.
@@ -586,14 +778,78 @@ def truncate_layers(
                 skipped.append(Skipped(item[-1].name, 1, why))
 
 
-def _removal(block: Block) -> BlockRemoval:
-    return BlockRemoval(block.name, block.type, block.returns, block.projection)
+def _steps(chosen: Sequence[Block]) -> tuple[Step, ...]:
+    """The steps that remove these blocks: they themselves, then the channels of those that are cut out."""
+    if not chosen:
+        return ()
+    removals = (
+        BlockRemoval(b.name, b.type, b.returns, b.projection, b.followers, bool(b.channels)) for b in chosen
+    )
+    blocks = BlockStep(tuple(removals))
+    gone = _plan.channel_step([(group, range(group.size)) for block in chosen for group in block.channels])
+    left = tuple(r for r in gone.removals if not any(block.holds(r.layer) for block in chosen))
+    return (blocks, ChannelStep(left)) if left else (blocks,)
+
+
+def _conflicts(blocks: Sequence[Block]) -> list[tuple[int, str]]:
+    """Blocks of a ranking that cannot go after those before them: their places, and why."""
+    found: list[tuple[int, str]] = []
+    going: list[Block] = []
+    left: dict[tuple[str, str], int] = {}
+    for at, block in enumerate(blocks):
+        why: str | None = None
+        lost: dict[tuple[str, str], int] = {}
+        for member in (member for group in block.channels for member in group.members):
+            owner = next((b for b in (block, *going) if b.holds(member.layer)), None)
+            if owner is None:
+                side = member.layer, member.kind
+                lost[side] = lost.get(side, 0) + sum(map(len, member.units))
+                left.setdefault(side, member.size)
+                if lost[side] >= left[side]:
+                    why = f"{member.layer} would have no channel left to read"
+            elif not owner.channels:
+                why = f"{owner.name}, which goes too, reads its channels: remove it after that"
+        if not block.channels:
+            for other in going:
+                if any(block.holds(member.layer) for group in other.channels for member in group.members):
+                    why = f"it reads channels of {other.name}, which goes too: remove it after that"
+        if why is None:
+            going.append(block)
+            for side, count in lost.items():
+                left[side] -= count
+        else:
+            found.append((at, why))
+    return found
+
+
+# Relative difference above which what is left of a model does not compute what it should.
+_CLEARLY = 1e-3
+
+
+def _applied(plan: PruningPlan, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+    """What the plan makes of the model, checked; see :meth:`PruningPlan.apply`.
+
+    Raises:
+        SurgeryError: also if cutting blocks out does more than to set what they gave to zero, such as in a
+            container that counts its children.
+    """
+    if not any(
+        removal.cut for step in plan.steps if isinstance(step, BlockStep) for removal in step.removals
+    ):
+        return plan.apply(model, example_inputs)
+    pruned, error = _plan.apply_and_compare(plan, model, example_inputs)
+    if not error <= _CLEARLY:
+        raise SurgeryError(
+            f"{type(model).__name__} does not compute the same without {', '.join(plan.removed_blocks)} as with "
+            f"their outputs at zero (relative difference {error:.1e}); the model is unchanged"
+        )
+    return pruned
 
 
 def _obstacle(model: nn.Module, block: Block, example_inputs: Inputs) -> str | None:
     """Why the model does not run without this one block; None if it does."""
     try:
-        PruningPlan(type(model).__name__, (BlockStep((_removal(block),)),)).apply(model, example_inputs)
+        _applied(PruningPlan(type(model).__name__, _steps([block])), model, example_inputs)
     except SurgeryError as error:
         return f"its removal breaks the model: {error}"
     return None
@@ -715,6 +971,7 @@ class ProjectionFit:
             raise InvalidInputError(f"plan: got {type(plan).__name__}, wanted a PruningPlan")
         self.plan = plan
         self._projections: dict[str, Projection] = {}
+        self._last: dict[str, str] = {}
         self._moments: dict[str, _Moments] = {}
         narrowed = False
         for step in plan.steps:
@@ -722,6 +979,7 @@ class ProjectionFit:
                 narrowed = True
                 continue
             own = {r.name: r.projection for r in step.removals if r.projection is not None}
+            self._last |= {r.name: r.modules[-1][0] for r in step.removals}
             if own and narrowed:
                 raise InvalidInputError(
                     f"{next(iter(own))}: the plan removes channels before it puts a projection there; pass the "
@@ -747,10 +1005,11 @@ class ProjectionFit:
         entering: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         seen: dict[str, _Moments] = {}
         odd: dict[str, str] = {}
-        names = {model.get_submodule(name): name for name in self._projections}
+        firsts = {model.get_submodule(name): name for name in self._projections}
+        lasts = {model.get_submodule(self._last[name]): name for name in self._projections}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            name = names[module]
+            name = firsts[module]
             projection = self._projections[name]
             hidden = _inputs.first_tensor(args)
             hidden = _inputs.first_tensor(kwargs) if hidden is None else hidden
@@ -764,7 +1023,7 @@ class ProjectionFit:
             entering[name] = shape, _rows(hidden, projection).clone()
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            name = names[module]
+            name = lasts[module]
             projection = self._projections[name]
             hidden = _inputs.first_tensor(output)
             shape, x = entering.pop(name, ((), None))
@@ -781,8 +1040,9 @@ class ProjectionFit:
 
         handles: list[Any] = []
         try:
-            for module in names:
+            for module in firsts:
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            for module in lasts:
                 handles.append(module.register_forward_hook(after))
             with _inputs.evaluating(model), torch.no_grad():
                 _inputs.call(model, _inputs.to_model(batch, model))

@@ -6,20 +6,24 @@ import copy
 import json
 import math
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import complexity
 from . import groups as _groups
 from . import inputs as _inputs
+from .adapters import detection as _detection
 from .errors import IdapError, InvalidInputError, NonFiniteError, PlanMismatchError, SurgeryError
 from .groups import Skipped
 from .inputs import Inputs
+from .profile import is_transposed_linear
+from .tracing import layernorm_dim
 
 Returns: TypeAlias = "str | list[Any]"
 FORMAT = "idap-plan"
@@ -33,7 +37,13 @@ class IdentityBlock(nn.Module):
         returns: ``"tensor"``: the hidden state alone. Otherwise a list for the items of the returned tuple:
             ``"hidden"``, ``"none"``, ``["arg", position]`` or ``["kwarg", name]`` for an argument that is
             passed on (None when the caller leaves it out).
+
+    Attributes:
+        cache_index: the place of the block in a cache of keys and values, if it had one. Models ask a place, mostly
+            the first, how many tokens the cache has seen; it stays filled, with one zero a token.
     """
+
+    cache_index: int | None = None
 
     def __init__(self, returns: Returns = "tensor") -> None:
         super().__init__()
@@ -47,6 +57,8 @@ class IdentityBlock(nn.Module):
 
     def arrange(self, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``hidden`` in the form in which the block returned its hidden state, for these arguments."""
+        if self.cache_index is not None and isinstance(hidden, Tensor) and hidden.dim() == 3:
+            _count_tokens((*args, *kwargs.values()), self.cache_index, hidden)
         if self.returns == "tensor":
             return hidden
         items: list[Any] = []
@@ -64,6 +76,17 @@ class IdentityBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"returns={self.returns!r}"
+
+
+def _count_tokens(arguments: Iterable[Any], index: int, hidden: Tensor) -> None:
+    """Let the cache among ``arguments``, if any, know of the tokens of ``hidden`` (B, tokens, C)."""
+    cache = next((value for value in arguments if _inputs.is_cache(value)), None)
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", ())
+    # Some places hold no tokens, such as those of linear attention.
+    if cache is not None and (index >= len(layers) or hasattr(layers[index], "get_seq_length")):
+        zeros = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        cache.update(zeros, zeros, index)
 
 
 @dataclass(frozen=True)
@@ -183,20 +206,30 @@ class ChannelStep:
 
 @dataclass(frozen=True)
 class BlockRemoval:
-    """A block that the identity, or a projection, stands in for.
+    """A block that the identity, or a projection, stands in for, or that is cut out.
 
     Attributes:
-        name: qualified module name.
+        name: qualified module name; of a unit, which is a run of children of one module, the first of them.
         type: class name of the module that goes.
         returns: what comes back in its place; see :class:`IdentityBlock`.
         projection: the linear map in its place, in the widths that the steps before leave; None for the
             identity.
+        followers: name and class name of the further modules of a unit; the identity takes the place of each.
+        cut: nothing takes its place: the module is deleted from the container that it is in. The channels it
+            made are removed from what read them by the step of channel removal that comes next.
     """
 
     name: str
     type: str
     returns: Returns = "tensor"
     projection: Projection | None = None
+    followers: tuple[tuple[str, str], ...] = ()
+    cut: bool = False
+
+    @property
+    def modules(self) -> tuple[tuple[str, str], ...]:
+        """Name and class name of every module that goes, in the order in which they run."""
+        return ((self.name, self.type), *self.followers)
 
 
 @dataclass(frozen=True)
@@ -271,8 +304,9 @@ class PruningPlan:
         for step in self.steps:
             if isinstance(step, BlockStep):
                 for block in step.removals:
-                    _check_block(model, block, gone)
-                    gone[block.name] = block
+                    for name, kind in block.modules:
+                        _check_block(model, name, kind, gone)
+                        gone[name] = block
                 continue
             for removal in step.removals:
                 key = _side_key(removal.layer, removal.kind, removal.dim)
@@ -303,8 +337,10 @@ class PruningPlan:
         """How far the pruned model is from the original with the removed contributions set to zero.
 
         The reference is ``model`` at full width in which every layer that reads removed channels has the
-        weights that read them set to zero (and blocks replaced as the plan says; projections give zeros in
-        both). Both run on ``example_inputs`` in evaluation mode. For an exact plan only rounding is left.
+        weights that read them set to zero (and blocks replaced as the plan says; projections, and blocks that
+        are cut out, give zeros). A LayerNorm or GroupNorm that loses channels norms over those that are kept.
+        Both run on ``example_inputs`` in evaluation mode. Only rounding is left, unless a softmax or an average
+        spans removed channels. Blocks that go after channels are compared with what the steps before them make.
 
         Returns:
             Largest absolute difference over all floating outputs, divided by the largest absolute value.
@@ -424,7 +460,10 @@ class PruningPlan:
         lines = [f"Pruning plan for {self.model}: {len(self.steps)} step(s)"]
         for number, step in enumerate(self.steps, start=1):
             if isinstance(step, BlockStep):
-                names = (r.name + (" (projected)" if r.projection else "") for r in step.removals)
+                names = (
+                    r.name + (" (projected)" if r.projection else " (cut out)" if r.cut else "")
+                    for r in step.removals
+                )
                 lines.append(f"  {number}. blocks: {', '.join(names) or 'none'}")
                 continue
             makers = [r for r in step.removals if r.kind in ("conv_out", "linear_out", "embedding")]
@@ -506,24 +545,29 @@ def _projection_size(block: BlockRemoval, removal: ChannelRemoval) -> int:
     return sides[removal.kind]
 
 
-def _check_block(model: nn.Module, block: BlockRemoval, gone: Container[str]) -> None:
+def _check_block(model: nn.Module, name: str, kind: str, gone: Container[str]) -> None:
     try:
-        module = model.get_submodule(block.name)
+        module = model.get_submodule(name)
     except AttributeError:
         raise PlanMismatchError(
-            f"{block.name}: the plan removes this block, the model has none of that name"
+            f"{name}: the plan removes this block, the model has none of that name"
         ) from None
-    if block.name in gone:
-        raise PlanMismatchError(f"{block.name}: the plan removes this block twice")
-    if type(module).__name__ != block.type:
+    if name in gone:
+        raise PlanMismatchError(f"{name}: the plan removes this block twice")
+    if type(module).__name__ != kind:
         raise PlanMismatchError(
-            f"{block.name}: the plan removes a {block.type} here, the model has a {type(module).__name__}"
+            f"{name}: the plan removes a {kind} here, the model has a {type(module).__name__}"
         )
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+def _set_submodule(model: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Put a module in the place of another; with None that one is deleted."""
     owner, _, child = name.rpartition(".")
-    model.get_submodule(owner)._modules[child] = module
+    modules = model.get_submodule(owner)._modules
+    if module is None:
+        del modules[child]
+    else:
+        modules[child] = module
 
 
 def _parameter_names(model: nn.Module) -> dict[int, list[str]]:
@@ -549,8 +593,12 @@ def _is_channels_last(weight: Tensor) -> bool:
 
 def _stand_in(block: BlockRemoval, module: nn.Module) -> IdentityBlock:
     """What takes the place of ``module``: in its mode and, if it has weights, of their kind."""
+    places = (vars(part).get("layer_idx") for part in module.modules())
+    index = next((place for place in places if isinstance(place, int)), None)
     if block.projection is None:
-        return IdentityBlock(block.returns).train(module.training)
+        identity = IdentityBlock(block.returns).train(module.training)
+        identity.cache_index = index
+        return identity
     weights = [p for p in module.parameters() if p.is_floating_point()]
     first = next((p for p in weights if p.dim() > 1), weights[0] if weights else torch.empty(0))
     layout = torch.contiguous_format
@@ -573,10 +621,17 @@ def _carry_out(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
             if isinstance(step, BlockStep):
                 for block in step.removals:
                     module = pruned.get_submodule(block.name)
+                    for name, _ in block.followers:
+                        follower = IdentityBlock().train(pruned.get_submodule(name).training)
+                        _set_submodule(pruned, name, follower)
+                    gone = [name for name, _ in block.modules]
+                    wanted = {n: flag for n, flag in wanted.items() if not any(_is_in(n, g) for g in gone)}
+                    ties = [[n for n in names if not any(_is_in(n, g) for g in gone)] for names in ties]
+                    if block.cut:
+                        _set_submodule(pruned, block.name, None)
+                        continue
                     substitute = _stand_in(block, module)
                     _set_submodule(pruned, block.name, substitute)
-                    wanted = {name: flag for name, flag in wanted.items() if not _is_in(name, block.name)}
-                    ties = [[name for name in names if not _is_in(name, block.name)] for names in ties]
                     trainable = any(parameter.requires_grad for parameter in module.parameters())
                     wanted |= {f"{block.name}.{n}": trainable for n, _ in substitute.named_parameters()}
                 continue
@@ -608,6 +663,41 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     return a.is_meta or torch.equal(a, b)
 
 
+# Kinds of members that normalise over several channels.
+SPANNING_NORMS = ("layernorm", "groupnorm")
+
+
+def over_kept(kept: Sequence[int]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """A forward hook for an ``nn.LayerNorm`` or ``nn.GroupNorm`` at full width: it norms over ``kept`` alone.
+
+    The channels that are not in ``kept`` come out as zeros, and have no part in a mean or a variance.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x: Tensor = args[0]
+        if isinstance(module, nn.GroupNorm):
+            channel, groups = 1, module.num_groups
+        else:
+            assert isinstance(module, nn.LayerNorm)
+            channel, groups = layernorm_dim(module, tuple(x.shape)), 1
+        rows = x.movedim(channel, -1) if groups == 1 and isinstance(module, nn.LayerNorm) else x
+        result = torch.zeros_like(rows)
+        width = len(module.weight) if module.weight is not None else rows.shape[channel]
+        for part in range(groups):
+            own = [index for index in kept if index * groups // width == part]
+            if not own:
+                continue
+            index = torch.tensor(own, device=x.device)
+            weight, bias = (None if p is None else p[index] for p in (module.weight, module.bias))
+            if isinstance(module, nn.LayerNorm):
+                result[..., index] = F.layer_norm(rows[..., index], (len(own),), weight, bias, module.eps)
+            else:
+                result[:, index] = F.group_norm(rows[:, index], 1, weight, bias, module.eps)
+        return result.movedim(-1, channel) if isinstance(module, nn.LayerNorm) else result
+
+    return hook
+
+
 class _Silenced(IdentityBlock):
     """A block whose hidden state comes out as zeros, like that of a projection before its fit."""
 
@@ -623,19 +713,27 @@ class _Silenced(IdentityBlock):
 
 
 def _masked(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
-    """A full-width copy in which the weights that read removed channels are zero."""
+    """A full-width copy in which the weights that read removed channels are zero, and norms pass over them."""
     masked = copy.deepcopy(model)
     left: dict[tuple[str, str, int], list[int]] = {}
+    norms: dict[str, list[int]] = {}
     silenced: list[str] = []
     with torch.no_grad():
         for step in steps:
             if isinstance(step, BlockStep):
                 for block in step.removals:
+                    if block.cut:
+                        module = masked.get_submodule(block.name)
+                        module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+                        silenced.append(block.name)
+                        continue
                     substitute = IdentityBlock(block.returns)
                     if block.projection is not None:
                         substitute = _Silenced(masked.get_submodule(block.name), block.returns)
                         silenced.append(block.name)
                     _set_submodule(masked, block.name, substitute)
+                    for name, _ in block.followers:
+                        _set_submodule(masked, name, IdentityBlock())
                 continue
             for removal in step.removals:
                 if any(_is_in(removal.layer, name) for name in silenced):
@@ -647,13 +745,21 @@ def _masked(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
                 left[key] = [channel for index, channel in enumerate(kept) if index not in dropped]
                 if removal.kind in ("conv_in", "linear_in"):
                     _zero_inputs(masked.get_submodule(removal.layer), original)
+                elif removal.kind in SPANNING_NORMS:
+                    norms[removal.layer] = left[key]
+    for name, kept in norms.items():
+        try:
+            norm = masked.get_submodule(name)
+        except AttributeError:
+            continue  # in a block that went later
+        norm.register_forward_hook(over_kept(kept))
     return masked.train(model.training)
 
 
 def _zero_inputs(module: nn.Module, channels: list[int]) -> None:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if getattr(module, "transposed", False):
+    if getattr(module, "transposed", False) or is_transposed_linear(module):
         weight[channels] = 0
     elif getattr(module, "groups", 1) > 1:
         width = weight.shape[1]
@@ -674,15 +780,68 @@ Outputs: TypeAlias = "list[tuple[str, Tensor]]"
 
 
 def _outputs(model: nn.Module, example_inputs: Inputs) -> Outputs:
-    return _inputs.outputs_of(_run(model, example_inputs))
+    """What the model returns; of a detector also what it selects its boxes from."""
+    with _detection.predictions(model) as said:
+        return _inputs.outputs_of(_run(model, example_inputs)) + said
 
 
 def _inexactness(model: nn.Module, plan: PruningPlan, got: Outputs, example_inputs: Inputs) -> float:
-    """How far ``got``, the outputs of the pruned model, are from those of the reference at full width."""
-    reference = _outputs(_masked(model, plan.steps), example_inputs)
-    pairs = _paired(reference, got, shorter=bool(plan.removed_blocks))
+    """How far ``got``, the outputs of the pruned model, are from those of the reference at full width.
+
+    Blocks that go after channels begin a part of its own, whose original is what the steps before it made: an
+    identity between channels of different numbers, or of widths that agree since then, has no counterpart at
+    full width.
+    """
+    *parts, last = _parts(plan.steps)
+    errors: list[float] = []
+    for steps in parts:
+        pruned = _carry_out(model, steps)
+        outputs = _outputs(pruned, example_inputs)
+        errors.append(_difference(model, plan, steps, outputs, example_inputs))
+        model = pruned
+    errors.append(_difference(model, plan, last, got, example_inputs))
+    return float(torch.tensor(errors, dtype=torch.float64).max())  # NaN if one of them is
+
+
+def _parts(steps: Iterable[Step]) -> list[list[Step]]:
+    """The steps, cut in two before every removal of blocks that comes after one of channels."""
+    parts: list[list[Step]] = [[]]
+    for step in steps:
+        if isinstance(step, BlockStep) and any(isinstance(other, ChannelStep) for other in parts[-1]):
+            parts.append([])
+        parts[-1].append(step)
+    return parts
+
+
+def _difference(
+    model: nn.Module, plan: PruningPlan, steps: Iterable[Step], got: Outputs, example_inputs: Inputs
+) -> float:
+    """How far ``got``, what these steps make of ``model`` gives, is from the reference at full width.
+
+    Where scores are equal or nearly so, rounding decides what a detector selects. If its outputs differ, the
+    reference is given the regions of the pruned model, and what both say of them is compared, before selection.
+    """
+    reference, shorter = _masked(model, steps), bool(plan.removed_blocks)
+    error = _error(_outputs(reference, example_inputs), got, shorter)
+    selected = _detection.selections(got)
+    if selected and not error <= _ROUNDING:
+        with _detection.same_regions(reference, got):
+            again = _outputs(reference, example_inputs)
+        left = [[own for own in side if own[0] not in selected] for side in (again, got)]
+        error = _error(left[0], left[1], shorter)
+    return error
+
+
+# A relative error that rounding in double precision stays far below.
+_ROUNDING = 1e-9
+
+
+def _error(reference: Outputs, got: Outputs, shorter: bool) -> float:
+    free = _detection.free_lengths(reference)
     worst = 0.0
-    for path, wanted, have in pairs:
+    for path, wanted, have in _paired(reference, got, shorter):
+        if path in free and len(wanted) != len(have):
+            return math.inf  # other regions or detections were selected
         if wanted.shape != have.shape:
             raise SurgeryError(f"output{path}: got shape {tuple(have.shape)}, wanted {tuple(wanted.shape)}")
         if wanted.is_floating_point() and wanted.numel():
@@ -710,6 +869,8 @@ def check_forward(
 ) -> Outputs:
     """Run both models in evaluation mode and compare structure, shapes, dtypes and finiteness of the outputs.
 
+    How many boxes a detector finds in an image is left free: see :func:`idap.adapters.detection.free_lengths`.
+
     Args:
         shorter: the pruned model may lack outputs after the first, such as the cached keys of a removed block.
 
@@ -728,8 +889,10 @@ def check_forward(
             f"the pruned {type(model).__name__} raised {type(error).__name__} in its check: {error}; the "
             "model is unchanged. A width may be written into its forward pass: name that layer in `ignore`"
         ) from error
+    free = _detection.free_lengths(wanted)
     for path, old, new in _paired(wanted, got, shorter):
-        if old.shape != new.shape or old.dtype != new.dtype:
+        first = int(path in free)
+        if old.dim() != new.dim() or old.shape[first:] != new.shape[first:] or old.dtype != new.dtype:
             raise SurgeryError(
                 f"output{path}: got {tuple(new.shape)} {new.dtype} from the pruned model, wanted "
                 f"{tuple(old.shape)} {old.dtype}; the model is unchanged"
@@ -773,6 +936,10 @@ def _block_to_dict(removal: BlockRemoval) -> dict[str, Any]:
     data: dict[str, Any] = {"name": removal.name, "type": removal.type, "returns": removal.returns}
     if removal.projection is not None:
         data["projection"] = asdict(removal.projection) | {"stride": list(removal.projection.stride)}
+    if removal.followers:
+        data["followers"] = [list(follower) for follower in removal.followers]
+    if removal.cut:
+        data["cut"] = True
     return data
 
 
@@ -780,7 +947,8 @@ def _block_from_dict(data: Mapping[str, Any]) -> BlockRemoval:
     form = data.get("projection")
     if form is not None:
         form = Projection(form["kind"], form["inputs"], form["outputs"], tuple(form["stride"]))
-    return BlockRemoval(data["name"], data["type"], data["returns"], form)
+    followers = tuple((str(name), str(kind)) for name, kind in data.get("followers", ()))
+    return BlockRemoval(data["name"], data["type"], data["returns"], form, followers, bool(data.get("cut")))
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:

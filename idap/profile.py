@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from .heads import AttentionHeads
+    from .layers import Block
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -39,14 +40,19 @@ _SUMS = slice(3, 6)  # rows of ChannelStats.state: M2, sum |y|, sum of act(y)^2
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that stores its weight as (in, out), as GPT-2's ``Conv1D``."""
-    weight = getattr(module, "weight", None)
-    nf = getattr(module, "nf", None)
-    return isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(nf, int) and weight.shape[1] == nf
+    nf = vars(module).get("nf")
+    weight = getattr(module, "weight", None) if isinstance(nf, int) else None
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == nf
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, whichever way round it stores its weight."""
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
 def is_scored(module: nn.Module) -> bool:
     """Whether a module is a layer whose filters or neurons are scored: convolutions and linear layers."""
-    return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_transposed_linear(module)
+    return isinstance(module, CONVOLUTIONS) or is_linear(module)
 
 
 @dataclass(eq=False)
@@ -56,7 +62,7 @@ class ActivationProfile:
     Attributes:
         layers: statistics of the outputs of each layer, by module name, in the order of their calls.
             A layer that was never called is missing.
-        blocks: input and output of each removable block, compared sample by sample.
+        blocks: input and output of each removable block, compared sample by sample; by the name of the block.
         samples: samples seen.
         batches: batches seen.
         inputs: statistics of what enters each layer asked for, per input channel, without an activation.
@@ -161,7 +167,7 @@ def profile(
     batches: Iterable[Any],
     *,
     layers: Sequence[str] | None = None,
-    blocks: Sequence[str] | None = None,
+    blocks: Sequence[str | Block] | None = None,
     inputs: Sequence[str] = (),
     heads: Mapping[str, AttentionHeads] | Sequence[AttentionHeads] | None = None,
     activation: str = "relu",
@@ -182,8 +188,11 @@ def profile(
             none. A convolution gives ``(B, C, *)``, a linear layer ``(B, *, C)``: one sample per item of the
             first dimension, every other dimension a position. ``(T, B, C)`` is known by its second dimension
             being the batch's size and its first no multiple of it.
-        blocks: names of the blocks to measure; ``None`` for every removable block, found by running a copy
-            of the model on one sample of the first batch; ``()`` for none.
+        blocks: the blocks to measure, as :func:`idap.find_blocks` gives them, or names of modules that give
+            what has the shape of their input; ``None`` for every removable block, found by running a copy of
+            the model on one sample of the first batch; ``()`` for none. Of a unit, the input of its convolution
+            is compared with the output of its last module; of a block that is cut out, all that it is given
+            with the same and its output beside it, so that the change is its output's norm over theirs.
         inputs: names of layers whose inputs are measured too, without an activation; what mean compensation
             needs (:func:`idap.calibration.compensate`).
         heads: the attention heads to measure, as :func:`idap.heads.find_heads` gives them; ``None`` for those
@@ -215,15 +224,15 @@ def profile(
         raise InvalidInputError(
             f"layer {unscored[0]!r} is a {kind}; only convolutions and linear layers have filters to measure"
         )
-    block_names = None if blocks is None else _known(blocks, modules)
+    targets = None if blocks is None else _known_blocks(blocks, modules)
     iterator = iter(_iterable(batches))
     try:
         batch = next(iterator)
     except StopIteration:
         raise EmptyDataError("batches is empty: at least one batch is needed") from None
     batch = _inputs.without_inference(batch)
-    if block_names is None:
-        block_names = _discover_blocks(model, batch) if forward is None else []
+    if targets is None:
+        targets = [_Target(b) for b in _discover_blocks(model, batch)] if forward is None else []
     if heads is not None:
         attention = _known_heads(heads, modules)
     else:
@@ -237,7 +246,7 @@ def profile(
         torch.no_grad(),
         _inputs.evaluating(model),
         _multihead.projections_called(model, input_names),
-        recorder.attached(modules, layer_names, block_names, input_names),
+        recorder.attached(modules, layer_names, targets, input_names),
         _progress_bar(batches, progress) as advance,
     ):
         while True:
@@ -301,11 +310,31 @@ def _batch_size(batch: Any, custom: bool, index: int) -> int:
     return 0 if first is None or first.dim() == 0 else int(first.shape[0])
 
 
-def _discover_blocks(model: nn.Module, batch: Any) -> list[str]:
+class _Target:
+    """A block to measure: where it begins and ends, and whether it is compared with what it adds to."""
+
+    def __init__(self, block: str | Block) -> None:
+        self.name = self.first = self.last = block if isinstance(block, str) else block.name
+        self.adds = False
+        if not isinstance(block, str):
+            self.last, self.adds = block.last, bool(block.channels)
+
+
+def _known_blocks(blocks: Sequence[str | Block], modules: Mapping[str, nn.Module]) -> list[_Target]:
+    from .layers import Block
+
+    if isinstance(blocks, (str, Block)):
+        raise InvalidInputError(f"blocks: got one {type(blocks).__name__}, wanted a list of blocks or names")
+    targets = [_Target(block) for block in blocks]
+    _known([name for target in targets for name in (target.first, target.last)], modules)
+    return targets
+
+
+def _discover_blocks(model: nn.Module, batch: Any) -> list[Block]:
     from .layers import find_blocks
 
     try:
-        return [block.name for block in find_blocks(model, _one_sample(batch))]
+        return find_blocks(model, _one_sample(batch))
     except InvalidInputError:
         raise
     except Exception as error:
@@ -339,6 +368,8 @@ def _discover_heads(model: nn.Module, batch: Any) -> dict[str, AttentionHeads]:
 
 
 def _one_sample(batch: Any) -> Any:
+    if (images := _inputs.images_of(batch)) is not None:
+        return ([images[0]],)  # what comes with them, such as targets, is of no use in evaluation mode
     size = _inputs.batch_size_of(batch)
     return _inputs.map_tensors(batch, lambda t: t[:1] if t.dim() > 0 and t.shape[0] == size else t)
 
@@ -400,7 +431,7 @@ class _Recorder:
         self,
         modules: Mapping[str, nn.Module],
         layers: Sequence[str],
-        blocks: Sequence[str],
+        blocks: Sequence[_Target],
         inputs: Sequence[str],
     ) -> Iterator[None]:
         handles = []
@@ -410,10 +441,10 @@ class _Recorder:
             for name in inputs:
                 hook = self.input_hook(name, modules[name])
                 handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
-            for name in blocks:
-                before, after = self.block_hooks(name)
-                handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(modules[name].register_forward_hook(after, with_kwargs=True))
+            for block in blocks:
+                before, after = self.added_hooks(block.name) if block.adds else self.block_hooks(block.name)
+                handles.append(modules[block.first].register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(modules[block.last].register_forward_hook(after, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -498,6 +529,29 @@ class _Recorder:
                 kept, y = kept.transpose(0, 1), y.transpose(0, 1)
             try:
                 stats = pair_stats(kept, y.to(kept.dtype), backend=self.backend)
+            except Exception as error:
+                raise _Stop(error) from error
+            self.blocks.setdefault(name, []).append(stats)
+
+        return before, after
+
+    def added_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Of a block whose output goes beside what it is given: with zeros in its place, and with it."""
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [tensor for _, tensor in _inputs.named_tensors((args, kwargs)) if tensor.dim() > 1]
+            if given:
+                x = torch.cat([tensor.flatten(1) for tensor in given], 1)
+                self.pending.setdefault(name, []).append((x, x, -1))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            stack, made = self.pending.get(name), _inputs.first_tensor(output)
+            if not stack or made is None:
+                return
+            x, y = stack.pop()[0], made.flatten(1)
+            try:
+                pair = torch.cat([x, torch.zeros_like(y)], 1), torch.cat([x, y], 1)
+                stats = pair_stats(*pair, backend=self.backend)
             except Exception as error:
                 raise _Stop(error) from error
             self.blocks.setdefault(name, []).append(stats)

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from . import rundir
 from .compress import StepRecord
+from .criteria import out_width
 from .errors import ArtifactError, InvalidInputError
 from .groups import Skipped
 from .latency import LatencyStats
 from .plan import BlockRemoval, BlockStep, PruningPlan
 from .plots import SIZES, Spot, plot_divergence, plot_steps, plot_widths
+from .profile import is_scored
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,10 +123,8 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
     """Output channels of every convolution and output features of every linear layer, in module order."""
     widths = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            widths[name] = module.out_features
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            widths[name] = module.out_channels
+        if is_scored(module):
+            widths[name] = out_width(module)
     return widths
 
 
@@ -657,7 +657,7 @@ def _blocks(run: RunData) -> _Html:
 def _stand_in(removal: BlockRemoval) -> str:
     projection = removal.projection
     if projection is None:
-        return "identity"
+        return "nothing: cut out with its channels" if removal.cut else "identity"
     arrow, times = "\N{RIGHTWARDS ARROW}", "\N{MULTIPLICATION SIGN}"
     stride = f", stride {times.join(map(str, projection.stride))}" if projection.stride else ""
     return f"projection, {projection.kind} {projection.inputs} {arrow} {projection.outputs}{stride}"

@@ -24,8 +24,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import inputs as _inputs
+from .adapters.detection import REGION_POOLING
+from .adapters.shuffle import ShuffleUnit
 from .errors import GraphError, GraphTimeoutError, InvalidInputError
 from .inputs import Inputs
+from .profile import is_linear, is_transposed_linear
 
 Indices: TypeAlias = "NDArray[np.int64]"
 INEXACT = "removal is not exact"
@@ -103,6 +106,14 @@ _LAYER_TYPES: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, _LAYER_TYPES) or is_frozen_bn(module) or is_transposed_linear(module)
+
+
+def _makes_channels(module: nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, nn.Embedding)) or is_linear(module)
+
+
 def _shape(edge: _Edge) -> tuple[int, ...]:
     node, position = edge
     return tuple(int(size) for size in node._input_metadata[position].shape)
@@ -145,6 +156,12 @@ def trace_model(model: nn.Module, example_inputs: Inputs, deadline: Deadline) ->
             [_edge(tensor) for tensor in arguments],
             [tuple(tensor.shape) for tensor in arguments],
         )
+        if isinstance(module, ShuffleUnit):
+            # What it does inside is followed; the layer of this name is the shuffle at its end.
+            cat = result.grad_fn.next_functions[0]
+            if module.split is None:
+                sources, shapes = [], []
+            sources, shapes = [cat, *sources], [_shape(cat), *shapes]
         for tensor in results:
             call = _LayerCall(name, module, sources, shapes, _edge(tensor), tuple(tensor.shape))
             trace.layers[call.sink] = call
@@ -160,7 +177,7 @@ def trace_model(model: nn.Module, example_inputs: Inputs, deadline: Deadline) ->
     try:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(before))
-            if isinstance(module, _LAYER_TYPES) or is_frozen_bn(module):
+            if _is_layer(module) or isinstance(module, ShuffleUnit):
                 handles.append(module.register_forward_hook(after, with_kwargs=True))
         # Fused attention is one node of the graph; the plain one is made of products and a softmax.
         with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -371,13 +388,15 @@ def _is_dense(node: Any, shape: tuple[int, ...], result: tuple[int, ...]) -> boo
     return shape == result and all(size == 1 or stride == dense for size, dense, stride in pairs)
 
 
-def _opaque(rules: _Rules, operation: _Operation, why: str) -> None:
+def _opaque(rules: _Rules, operation: _Operation, why: str, but: int | None = None) -> None:
     for position, shape in enumerate(operation.shapes):
         for dim in range(len(shape or ())):
-            rules.notes.append((("in", position, dim), why))
+            if dim != but:
+                rules.notes.append((("in", position, dim), why))
     for position, shape in enumerate(operation.results):
         for dim in range(len(shape)):
-            rules.notes.append((("out", position, dim), why))
+            if dim != but:
+                rules.notes.append((("out", position, dim), why))
 
 
 def _matmul(rules: _Rules, operation: _Operation, left: int, right: int, batch: int) -> None:
@@ -494,8 +513,13 @@ def _rules_of(operation: _Operation) -> _Rules:
         "Logsumexp",
     ):
         _reduce(rules, operation, name, first, shape, result)
-    elif name == "Index" and _leading_index(rules, node, first, shape, result):
+    elif (name == "Index" and _leading_index(rules, node, first, shape, result)) or (
+        name == "IndexPut" and _leading_put(rules, operation)
+    ):
         pass
+    elif any(operator in name for operator in REGION_POOLING) and len(shape) == len(result) == 4:
+        _opaque(rules, operation, f"{operation.name} mixes it", but=1)
+        rules.links.append(_Link(("in", first, 1), ("out", 0, 1)))
     elif name in ("Softmax", "LogSoftmax", "SafeSoftmax"):
         _broadcast(rules, operation)
         dim = _saved_dim(node._saved_dim, len(shape))
@@ -542,6 +566,24 @@ def _leading_index(
     shift = indices[0].dim() - 1
     for dim in range(1, len(shape)):
         rules.links.append(_Link(("in", first, dim), ("out", 0, dim + shift)))
+    return True
+
+
+def _leading_put(rules: _Rules, operation: _Operation) -> bool:
+    """Rows written into a table, as ``table[index] = rows``; False for any other kind of assignment."""
+    indices = [index for index in operation.node._saved_indices if index is not None]
+    result = operation.results[0]
+    table, rows = operation.shapes[0], operation.shapes[1]
+    if len(indices) != 1 or operation.node._saved_indices[0] is None or indices[0].dim() != 1:
+        return False
+    rules.notes.append((("out", 0, 0), f"an index {_TAKEN}"))
+    for position, shape in ((0, table), (1, rows)):
+        for dim, size in enumerate(shape or ()):
+            target = dim + len(result) - len(shape or ())
+            if target > 0 and size == result[target]:
+                rules.links.append(_Link(("in", position, dim), ("out", 0, target)))
+            else:
+                rules.notes.append((("in", position, dim), f"an index {_TAKEN}"))
     return True
 
 
@@ -638,14 +680,13 @@ def _layer_sides(call: _LayerCall) -> tuple[int, int, str | None, str | None]:
         depthwise = 1 < module.groups == module.in_channels == module.out_channels
         kinds = ("depthwise", "depthwise") if depthwise else ("conv_in", "conv_out")
         return last_in - spatial, last_out - spatial, *kinds
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return last_in, last_out, "linear_in", "linear_out"
     if isinstance(module, nn.Embedding):
         return -1, last_out, None, "embedding"
     if isinstance(module, nn.LayerNorm):
-        if _is_maps_norm(module, call.sink_shape):
-            return 1, 1, "layernorm", "layernorm"
-        return last_in, last_out, "layernorm", "layernorm"
+        dim = layernorm_dim(module, call.sink_shape)
+        return dim, dim, "layernorm", "layernorm"
     if isinstance(module, nn.PReLU):
         return (1, 1, "prelu", "prelu") if module.num_parameters > 1 else (-1, -1, None, None)
     kind = "groupnorm" if isinstance(module, nn.GroupNorm) else "frozen_bn" if is_frozen_bn(module) else "bn"
@@ -660,11 +701,19 @@ def _layer_sides(call: _LayerCall) -> tuple[int, int, str | None, str | None]:
     return 1, 1, kind, kind
 
 
-def _is_maps_norm(module: nn.LayerNorm, shape: tuple[int, ...]) -> bool:
-    """Whether a subclass of LayerNorm takes (B, C, H, W) and permutes inside, as several libraries have it."""
-    if type(module) is nn.LayerNorm or len(shape) != 4:
-        return False
-    return "2d" in type(module).__name__.lower() or shape[-1] != module.normalized_shape[-1]
+def layernorm_dim(module: nn.LayerNorm, shape: tuple[int, ...]) -> int:
+    """The dimension of ``shape`` that a LayerNorm over one dimension norms over.
+
+    The last one, but for subclasses that take (B, C, H, W) and permute inside, as several libraries have them.
+    """
+    maps = type(module) is not nn.LayerNorm and len(shape) == 4
+    named = "2d" in type(module).__name__.lower()
+    return 1 if maps and (named or shape[-1] != module.normalized_shape[-1]) else len(shape) - 1
+
+
+def is_norm_note(note: str) -> bool:
+    """Whether a note tells that a layer of LayerNorm or GroupNorm spans the channels, and nothing worse."""
+    return note.startswith((f"{INEXACT}: the LayerNorm ", f"{INEXACT}: the GroupNorm "))
 
 
 def _instance_spatial(module: nn.Module) -> int:
@@ -678,9 +727,9 @@ def side_width(module: nn.Module, kind: str) -> int:
     if kind == "conv_in":
         return int(module.in_channels)  # type: ignore[arg-type]
     if kind == "linear_out":
-        return int(module.out_features)  # type: ignore[arg-type]
+        return int(module.nf if is_transposed_linear(module) else module.out_features)  # type: ignore[arg-type]
     if kind == "linear_in":
-        return int(module.in_features)  # type: ignore[arg-type]
+        return int(module.weight.shape[0] if is_transposed_linear(module) else module.in_features)  # type: ignore
     if kind in ("bn", "instancenorm"):
         return int(module.num_features)  # type: ignore[arg-type]
     if kind == "frozen_bn":
@@ -693,6 +742,8 @@ def side_width(module: nn.Module, kind: str) -> int:
         return int(module.num_parameters)  # type: ignore[arg-type]
     if kind == "embedding":
         return int(module.embedding_dim)  # type: ignore[arg-type]
+    if kind == "shuffle":
+        return len(module.order)  # type: ignore[arg-type]
     raise InvalidInputError(f"unknown kind of surgery: got {kind!r}, see idap.groups.Member.kind")
 
 
@@ -702,7 +753,7 @@ def layer_obstacle(module: nn.Module) -> str | None:
         return "the width of an nn.MultiheadAttention stays; only its heads are removed"
     if isinstance(module, nn.RNNBase):
         return f"{type(module).__name__}: recurrent layers are not pruned"
-    if isinstance(module, (_ConvNd, nn.Linear, nn.Embedding)) and module._parameters.get("weight") is None:
+    if _makes_channels(module) and module._parameters.get("weight") is None:
         return "its weight is computed from other parameters (a parametrization or weight norm)"
     if isinstance(module, _ConvTransposeNd) and module.groups > 1:
         depthwise = module.groups == module.in_channels == module.out_channels
@@ -711,6 +762,24 @@ def layer_obstacle(module: nn.Module) -> str | None:
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return f"{INEXACT}: a LayerNorm over {tuple(module.normalized_shape)} spans its channels"
     return None
+
+
+def _parameter_sides(model: nn.Module, name: str) -> list[tuple[str, str, int] | None]:
+    """Layer, kind and dimension of the side that each dimension of a parameter is cut with; None where it is not."""
+    layer, _, key = name.rpartition(".")
+    module, shape = model.get_submodule(layer), model.get_parameter(name).shape
+    if not _is_layer(module):
+        return [(name, "parameter", dim) for dim in range(len(shape))]
+    kinds: list[str] = []
+    if isinstance(module, nn.Embedding):
+        return [None, (layer, "embedding", 0)]
+    if is_linear(module) or (isinstance(module, _ConvNd) and module.groups == 1):
+        kind = "linear" if is_linear(module) else "conv"
+        kinds = [f"{kind}_out", f"{kind}_in"]
+        if is_transposed_linear(module) or isinstance(module, _ConvTransposeNd):
+            kinds.reverse()
+        kinds = kinds if key == "weight" else [f"{kind}_out"]
+    return [(layer, kinds[dim], 0) if dim < len(kinds) else None for dim in range(len(shape))]
 
 
 class Follower:
@@ -725,10 +794,11 @@ class Follower:
         self.rules: dict[Any, _Rules] = {}
         self.sides: dict[Axis, tuple[str, str, int]] = {}
         self.queue: list[Axis] = []
+        self.shuffled: set[_Edge] = set()
         self.owned = {
             name + "." + key if name else key
             for name, module in model.named_modules()
-            if isinstance(module, _LAYER_TYPES)
+            if _is_layer(module)
             for key, _ in module.named_parameters()
         }
 
@@ -755,10 +825,15 @@ class Follower:
         if kind in ("conv_in", "conv_out"):
             parts = int(module.groups)  # type: ignore[arg-type]
         elif kind == "groupnorm":
-            parts = int(module.num_groups)  # type: ignore[arg-type]
-            if parts == self.axes.size[axis]:
-                return  # every channel is normalised by itself
-            self.axes.notes.append((axis, f"{INEXACT}: the GroupNorm {axis[1]} spans its channels"))
+            if int(module.num_groups) == 1:  # type: ignore[arg-type]
+                self.axes.notes.append((axis, f"{INEXACT}: the GroupNorm {axis[1]} spans its channels"))
+                return
+            # Whole groups go: each is normalised by itself, so that those that stay do not change.
+            width = self.axes.size[axis] // int(module.num_groups)  # type: ignore[arg-type]
+            if width > 1:
+                channels = np.arange(self.axes.size[axis], dtype=np.int64)
+                self.axes.relations.append((axis, axis, lambda: (channels, channels - channels % width)))
+            return
         elif kind == "layernorm":
             self.axes.notes.append((axis, f"{INEXACT}: the LayerNorm {axis[1]} spans its channels"))
         if parts > 1:
@@ -769,7 +844,7 @@ class Follower:
 
     def run(self) -> None:
         for maker in self.trace.layers.values():
-            if isinstance(maker.module, (_ConvNd, nn.Linear, nn.Embedding)):
+            if _makes_channels(maker.module):
                 dim = _layer_sides(maker)[1]
                 self.reach((*maker.sink, dim), maker.sink_shape[dim])
         steps = 0
@@ -803,6 +878,27 @@ class Follower:
             for dim in range(len(shape)):
                 if (*edge, dim) in self.axes.parent:
                     self.axes.notes.append(((*edge, dim), "its channels are an output of the model"))
+        self._tie()
+
+    def _tie(self) -> None:
+        """What is one parameter in several places loses the same channels in all of them."""
+        names: dict[nn.Parameter, list[str]] = {}
+        # Not a module that is registered twice, but parameters of several.
+        for owner, module in self.model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                names.setdefault(parameter, []).append(f"{owner}.{key}" if owner else key)
+        for parameter, own in names.items():
+            sides = [_parameter_sides(self.model, name) for name in own] if len(own) > 1 else []
+            for dim, size in enumerate(parameter.shape if sides else ()):
+                known = dict.fromkeys(side for each in sides if (side := each[dim]) is not None)
+                for followed in [side for side in known if ("side", *side) in self.axes.parent]:
+                    axis = ("side", *followed)
+                    if any(each[dim] is None for each in sides):
+                        self.axes.notes.append(
+                            (axis, f"{own[0]} and {own[1]} are one parameter, and it cannot be cut in both")
+                        )
+                    for layer, kind, number in known:
+                        self.axes.join(axis, self.side(layer, kind, size, number))
 
     def _at_parameter(self, axis: Axis, node: Any, dim: int) -> None:
         name, _ = self.trace.parameters[node]
@@ -815,6 +911,9 @@ class Follower:
         module = call.module
         if isinstance(module, _OPAQUE):
             self.axes.notes.append((axis, f"{call.name}: {layer_obstacle(module)}"))
+            return
+        if isinstance(module, ShuffleUnit):
+            self._through_shuffle(call, module, axis, dim, leaving=leaving)
             return
         dim_in, dim_out, kind_in, kind_out = _layer_sides(call)
         channel, kind = (dim_out, kind_out) if leaving else (dim_in, kind_in)
@@ -841,6 +940,31 @@ class Follower:
             self.axes.join(self.reach((*call.sources[0], dim), call.source_shapes[0][dim], span), axis)
         elif not leaving:
             self.axes.join(self.reach((*call.sink, dim), call.sink_shape[dim], span), axis)
+
+    def _through_shuffle(
+        self, call: _LayerCall, module: ShuffleUnit, axis: Axis, dim: int, *, leaving: bool
+    ) -> None:
+        if dim != 1:
+            edge, shape = (
+                (call.sources[0], call.source_shapes[0]) if leaving else (call.sink, call.sink_shape)
+            )
+            self.axes.join(self.reach((*edge, dim), shape[dim], self.spans[axis]), axis)
+            return
+        shuffled = self.reach((*call.sink, dim), call.sink_shape[dim])
+        if call.sink in self.shuffled:
+            return
+        self.shuffled.add(call.sink)
+        self.axes.join(self.side(call.name, "shuffle", len(module.order)), shuffled)
+        order = np.array(module.order, dtype=np.int64)
+        together = self.reach((*call.sources[0], dim), call.source_shapes[0][dim])
+        self.axes.relations.append((together, shuffled, lambda: (order, np.arange(len(order)))))
+        if module.split is None:
+            return
+        # What comes keeps the numbers of what goes, so that the identity can stand in for the unit.
+        self.axes.join(self.reach((*call.sources[1], dim), call.source_shapes[1][dim]), shuffled)
+        if order[0] == 0 and module.split > 0:
+            # No unit makes it; by itself it would be a unit of the group without a channel in the branches.
+            self.axes.relations.append((shuffled, shuffled, lambda: (np.array([0]), np.array([1]))))
 
     def _through_operation(self, operation: _Operation, here: tuple[str, int, int], axis: Axis) -> None:
         rules = self._rules(operation)

@@ -9,9 +9,12 @@ is not known here; the forward check of the pruned model tells.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from ..errors import PlanMismatchError, SurgeryError
+from . import position_bias as _position_bias
 from .multihead import remove_heads as _remove_from_multihead
 
 # Heads of the queries; the first name that a module has counts.
@@ -21,7 +24,7 @@ COUNTS = (
 # Heads of keys and values, where several query heads share one.
 SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 # Heads times the width of a head.
-WIDTHS = ("all_head_size", "all_head_dim", "attn_dim", "inner_dim", "inner_kv_dim")
+WIDTHS = ("all_head_size", "all_head_dim", "attn_dim", "inner_dim", "inner_kv_dim", "split_size")
 # Shapes that end with the number of heads: tables of position biases in timm.
 SHAPES = ("bias_shape",)
 # Width of a head, in modules that keep no number of heads; their output projection is one of these children.
@@ -62,7 +65,14 @@ def attention_modules(model: nn.Module) -> dict[str, int]:
         named = any(hint in type(module).__name__.lower() for hint in _HINTS)
         if isinstance(module, nn.MultiheadAttention) or named or children & {*_QUERIES, *_FUSED}:
             found[name] = heads
-    return found
+    modules = dict(model.named_modules())
+    return {name: heads for name, heads in found.items() if not _only_holds(modules[name], name, found)}
+
+
+def _only_holds(module: nn.Module, name: str, found: Collection[str]) -> bool:
+    """Whether a module that knows a number of heads only holds the attention modules that have them."""
+    projects = any(child in (*_QUERIES, *_FUSED) for child, _ in module.named_children())
+    return not projects and any(other != name and other.startswith(f"{name}.") for other in found)
 
 
 def remove_heads(module: nn.Module, name: str, removed: list[int]) -> None:
@@ -99,3 +109,5 @@ def remove_heads(module: nn.Module, name: str, removed: list[int]) -> None:
             shape = vars(part).get(key)
             if isinstance(shape, tuple) and shape and shape[-1] == heads:
                 setattr(part, key, (*shape[:-1], left))
+    if _position_bias.supports(module):
+        _position_bias.remove_heads(module, heads, removed)

@@ -136,6 +136,11 @@ def add_parser(commands: Any) -> None:
         default=_DEFAULTS["reduction"],
         help="how the scores of coupled layers are joined (default: mean)",
     )
+    how.add_argument(
+        "--by-latency",
+        action="store_true",
+        help="rank filters by divergence per millisecond that they take on this machine",
+    )
     option(how, "round-to", int, "N", "widths left are multiples of it")
     option(how, "min-width", int, "N", "channels that every layer keeps at least")
     how.add_argument(
@@ -313,6 +318,7 @@ class _Pruning:
                 scope=args.scope,
                 normalize=None if args.normalize == "none" else args.normalize,
                 reduction=args.reduction,
+                by_latency=args.by_latency,
                 round_to=args.round_to,
                 min_width=args.min_width,
                 ignore=args.ignore,

@@ -256,11 +256,14 @@ def zeroed_outputs(model: nn.Module, plan: PruningPlan, example: Any) -> list[Te
     assert isinstance(step, ChannelStep)
     touched = 0
     for removal in step.removals:
-        if removal.kind not in ("conv_in", "linear_in"):
+        if removal.kind not in ("conv_in", "linear_in", "layernorm", "groupnorm"):
             continue
         module = reference.get_submodule(removal.layer)
         keep = torch.ones(removal.size, dtype=torch.float64)
         keep[list(removal.removed)] = 0
+        if removal.kind in ("layernorm", "groupnorm"):
+            module.register_forward_hook(lambda m, args, _, keep=keep: norm_over_kept(m, args[0], keep))
+            continue
         if removal.kind == "conv_in":
             keep = keep.view(1, -1, *[1] * len(module.kernel_size))
         module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep, *args[1:]))
@@ -268,6 +271,28 @@ def zeroed_outputs(model: nn.Module, plan: PruningPlan, example: Any) -> list[Te
     assert touched, "nothing reads a removed channel"
     with torch.no_grad():
         return [tensor for _, tensor in inputs.outputs_of(inputs.call(reference, example))]
+
+
+def norm_over_kept(norm: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """LayerNorm or GroupNorm from weighted sums, where the weights of removed channels are zero."""
+    grouped = isinstance(norm, nn.GroupNorm)
+    last = not grouped and (type(norm) is nn.LayerNorm or x.shape[1] != len(keep))
+    shape = [-1] if last else [-1, *[1] * (x.dim() - 2)]
+    parts = norm.num_groups if grouped else 1
+    out = torch.zeros_like(x)
+    for part in torch.arange(len(keep)).chunk(parts):
+        own = torch.zeros_like(keep)
+        own[part] = keep[part]
+        mask = own.view(shape)
+        dims = list(range(1, x.dim())) if grouped else [-1] if last else [1]
+        count = (mask * torch.ones_like(x)).sum(dims, keepdim=True).clamp_min(1)
+        mean = (mask * x).sum(dims, keepdim=True) / count
+        var = (mask * (x - mean).square()).sum(dims, keepdim=True) / count
+        y = (x - mean) / (var + norm.eps).sqrt()
+        if norm.weight is not None:
+            y = y * norm.weight.view(shape) + norm.bias.view(shape)
+        out = out + mask * y
+    return out
 
 
 def relative_error(wanted: list[Tensor], got: list[Tensor]) -> float:

@@ -1,6 +1,7 @@
 """Both stages under one budget: what is kept, what is undone, when it stops; the user's model is unharmed."""
 
 import copy
+import importlib
 import json
 import math
 import sys
@@ -237,6 +238,20 @@ def test_validation_data_is_looked_at_before_any_work(validation, message):
 def test_numbers_of_numpy_will_do(tmp_path):
     budget, goal = np.float64(0.05), np.int64(10**5)
     assert run(target={"macs": goal}, budget=budget, directory=tmp_path, steps=1).target == {"macs": 10**5}
+
+
+def test_ranked_by_latency_the_slow_layers_go_first(monkeypatch):
+    module = importlib.import_module("idap.compress")
+    for slow in ("blocks.0.", "blocks.2."):
+
+        def times(model, example, slow=slow):
+            return {name: 50.0 if name.startswith(slow) else 1.0 for name, _ in model.named_modules()}
+
+        monkeypatch.setattr(module, "layer_times", times)
+        net = run(stages=("filters",), steps=1, initial_ratio=0.15, by_latency=True).model
+        left = [block.conv1.out_channels for block in net.blocks]
+        assert left.index(min(left)) == int(slow[7]), left
+        assert sorted(left)[1:] == [16, 16]
 
 
 def test_max_blocks_zero_removes_none():

@@ -107,6 +107,25 @@ def test_convnext() -> None:
     assert sum("LayerNorm" in reason and "not exact" in reason for reason in reasons) == 2
 
 
+def test_trunks_under_a_norm_give_what_norming_over_the_kept_channels_gives() -> None:
+    timm = pytest.importorskip("timm")
+    config = torchvision.models.convnext.CNBlockConfig
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for model in (
+        torchvision.models.ConvNeXt([config(24, 48, 2), config(48, None, 2)], num_classes=10),
+        timm.models.convnext.ConvNeXt(num_classes=10, depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
+        timm.models.vision_transformer.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=4),
+        nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(1, 16), nn.ReLU(), nn.Conv2d(16, 4, 1)),
+    ):
+        for ratio in (0.3, 0.6):
+            assert prove(model, x, ratio=ratio, exact=False, round_to=4) <= LIMIT
+            scores = scores_of(model)
+            plan = prune_filters(model, scores, x, ratio=ratio, exact=False, round_to=4)
+            kinds = {removal.kind for step in plan.steps for removal in step.removals}
+            assert kinds & {"layernorm", "groupnorm"}
+            assert not [skip for skip in plan.skipped if "output of the model" not in skip.reason]
+
+
 def test_densenet121_is_decided_in_seconds() -> None:
     model = torchvision.models.densenet121(weights=None)
     start = time.perf_counter()

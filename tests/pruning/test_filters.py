@@ -7,7 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_networks import Chain, Dense, Depthwise, Gated, Grouped, Residual, TokenMLP, scores_of
+from pruning_networks import (
+    Chain,
+    Dense,
+    Depthwise,
+    Gated,
+    Grouped,
+    Residual,
+    TokenMLP,
+    randomise,
+    relative_error,
+    scores_of,
+    zeroed_outputs,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -348,12 +360,51 @@ def test_a_model_whose_outputs_are_random_is_refused_with_a_reason() -> None:
 
 
 def test_inexact_groups_on_request() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(1, 16), nn.ReLU(), nn.Conv2d(16, 4, 1))
     assert prune_filters(model, scores_of(model), X, ratio=0.5).steps == ()
     plan = prune_filters(model, scores_of(model), X, ratio=0.5, exact=False)
     pruned = plan.apply(model, X)
     assert pruned[1].num_channels == 8
-    assert pruned[1].num_groups == 4
+    assert pruned[1].num_groups == 1
+
+
+@pytest.mark.parametrize(
+    # Groups of ten channels: four of them make a multiple of 8.
+    ("width", "groups", "round_to", "ratio", "left"),
+    [(40, 4, 2, 0.5, 20), (320, 32, 8, 0.5, 160), (320, 32, 8, 0.4, 200), (64, 32, 8, 0.4, 40)],
+)
+def test_whole_groups_of_a_group_norm(
+    width: int, groups: int, round_to: int, ratio: float, left: int
+) -> None:
+    model = randomise(
+        nn.Sequential(nn.Conv2d(3, width, 1), nn.GroupNorm(groups, width), nn.ReLU(), nn.Conv2d(width, 4, 1))
+    )
+    example = X.double()
+    plan = prune_filters(model, scores_of(model), example, ratio=ratio, round_to=round_to)
+    pruned = plan.apply(model, example)
+    assert pruned[1].num_channels == left
+    assert pruned[1].num_groups == left * groups // width
+    assert relative_error(zeroed_outputs(model, plan, example), [pruned(example).detach()]) <= 1e-12
+
+
+def test_what_takes_long_goes_first_when_ranked_by_time() -> None:
+    def build(slow: str | None) -> dict[str, int]:
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 3)]
+        model = nn.Sequential(*convs)
+        scores = {name: torch.linspace(1, 2, conv.out_channels) for name, conv in model.named_children()}
+        times = None if slow is None else {"0": 1.0, "1": 1.0, "2": 1.0, "3": 1.0, slow: 20.0}
+        x = torch.randn(1, 3, 12, 12)
+        plan = prune_filters(model, scores, x, ratio=0.25, round_to=1, times=times)
+        return {r.layer: len(r.removed) for s in plan.steps for r in s.removals if r.kind == "conv_out"}
+
+    assert build(None) == {"0": 4, "1": 4, "2": 4}
+    # A slow layer is read by one group and made by another: both go before the third.
+    assert build("0") == {"0": 12}
+    assert build("3") == {"2": 12}
+    for wrong, message in (({"0": -1.0}, "milliseconds"), ([1.0], "mapping")):
+        with pytest.raises(InvalidInputError, match=message):
+            prune_filters(Residual(), scores_of(Residual()), X, ratio=0.25, times=wrong)
 
 
 def test_the_model_is_only_read() -> None:

@@ -112,15 +112,70 @@ def test_token_flatten_couples_with_a_stride() -> None:
     assert reader.units[2] == (2, 8, 14, 20, 26)
 
 
-def test_group_norm_loses_whole_positions_of_every_part() -> None:
+def test_group_norm_loses_whole_groups() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    (group,) = find_groups(model, torch.randn(1, 3, 4, 4)).groups
+    assert group.inexact == ()
+    assert [member.kind for member in group.members] == ["conv_out", "groupnorm", "conv_in"]
+    assert all(
+        member.units == tuple(tuple(range(4 * i, 4 * i + 4)) for i in range(4)) for member in group.members
+    )
+
+
+def test_borders_of_group_norms_that_do_not_fall_together_make_wider_units() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm_a = nn.Conv2d(3, 12, 1), nn.GroupNorm(6, 12)
+            self.b = nn.Conv2d(12, 12, 1)
+            self.norm, self.head = nn.GroupNorm(6, 24), nn.Conv2d(24, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm_a(self.a(x))
+            return self.head(self.norm(torch.cat([self.b(x)[:, :10], x, x[:, :2]], 1)))
+
+    scan = find_groups(Skip(), torch.randn(1, 3, 4, 4))
+    (group,) = [g for g in scan.groups if g.root == "a"]
+    maker = next(m for m in group.members if m.layer == "a")
+    # Groups of two in norm_a; in the concatenation x begins in the middle of a group of four, and the last
+    # group ends with its first two channels.
+    assert [unit for unit in maker.units if unit] == [(0, 1, 10, 11), (2, 3, 4, 5), (6, 7, 8, 9)]
+    wide = next(m for m in group.members if m.layer == "norm")
+    assert wide.units[0] == (8, 9, 10, 11, 20, 21, 22, 23)
+
+
+def test_a_group_norm_of_one_group_spans_its_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(1, 16), nn.ReLU(), nn.Conv2d(16, 4, 1))
     example = torch.randn(1, 3, 4, 4)
     scan = find_groups(model, example)
     assert not scan.groups
     assert "GroupNorm 1 spans its channels" in scan.skipped[0].reason
     (group,) = find_groups(model, example, exact=False).groups
-    assert group.size == 4
-    assert group.members[0].units[1] == (1, 5, 9, 13)
+    assert group.size == 16
+
+
+@pytest.mark.parametrize(
+    ("groups", "removed", "left"),
+    [
+        (4, [4, 5, 6, 7], 3),
+        (4, [0, 1, 2, 3, 12, 13, 14, 15], 2),
+        (4, [1, 5, 9, 13], 4),  # as plans of earlier versions have it
+        (1, [3, 4], 1),
+        (16, [3, 4], 14),
+    ],
+)
+def test_cut_group_norm(groups: int, removed: list[int], left: int) -> None:
+    model = nn.Sequential(nn.GroupNorm(groups, 16))
+    cut(model, "0", "groupnorm", removed)
+    assert (model[0].num_groups, model[0].num_channels) == (left, 16 - len(removed))
+    assert model(torch.randn(2, 16 - len(removed), 3)).shape == (2, 16 - len(removed), 3)
+
+
+def test_a_group_norm_keeps_equal_groups() -> None:
+    model = nn.Sequential(nn.GroupNorm(4, 16))
+    with pytest.raises(PlanMismatchError, match="between 0 and 2 of the 4 channels"):
+        cut(model, "0", "groupnorm", [0, 1])
+    assert model[0].num_channels == 16
 
 
 TOKENS, POINTS = torch.randn(5, 2, 4), torch.randn(2, 4)

@@ -233,12 +233,15 @@ def test_transformers() -> None:
         assert (attn.o_proj.in_features, attn.o_proj.out_features) == (16, 24)
 
 
-def test_gpt2_is_left_alone() -> None:
+def test_gpt2() -> None:
+    """Fused queries, keys and values in layers that keep their weights the other way round."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=1, n_head=4)
-    scan = find_groups(transformers.GPT2Model(config), {"input_ids": torch.randint(0, 50, (2, 6))})
-    assert scan.groups == []
-    assert scan.skipped
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=4)
+    tokens = {"input_ids": torch.randint(0, 50, (2, 6))}
+    pruned = prove(transformers.GPT2Model(config), tokens, {"h.0.attn.c_attn": 4, "h.1.attn.c_attn": 4})
+    attn = pruned.h[0].attn
+    assert (attn.num_heads, attn.head_dim, attn.split_size) == (3, 6, 18)
+    assert (attn.c_attn.nf, attn.c_proj.nx) == (54, 18)
 
 
 # ------------------------------------------------------------------------------------ what stays as it is

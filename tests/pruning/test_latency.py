@@ -8,7 +8,7 @@ from torch import nn
 
 from idap import latency
 from idap.errors import InvalidInputError
-from idap.latency import LatencyComparison, LatencyStats, compare_latency, measure_latency
+from idap.latency import LatencyComparison, LatencyStats, compare_latency, layer_times, measure_latency
 
 
 class Spy(nn.Module):
@@ -101,3 +101,31 @@ def test_wrong_arguments(change):
 def test_no_model():
     with pytest.raises(InvalidInputError, match="no model"):
         compare_latency({}, torch.zeros(1, 3))
+
+
+def test_layer_times_are_a_module_s_own(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+
+    class Takes(nn.Module):
+        def __init__(self, seconds: float, *inner: nn.Module) -> None:
+            super().__init__()
+            self.seconds, self.inner = seconds, nn.ModuleList(inner)
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for module in self.inner:
+                x = module(x)
+            clock[0] += self.seconds
+            return x
+
+    twice = Takes(0.25)
+    model = Takes(1.0, Takes(0.5, Takes(2.0)), twice, twice).train()
+    got = layer_times(model, torch.zeros(1), warmup=1, runs=3)
+    wanted = {"": 1000.0, "inner.0": 500.0, "inner.0.inner.0": 2000.0, "inner.1": 500.0}
+    assert got == pytest.approx(wanted)
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for wrong in ({"runs": 0}, {"warmup": -1}, {"threads": 0}):
+        with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+            layer_times(model, torch.zeros(1), **wrong)

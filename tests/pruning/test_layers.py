@@ -29,8 +29,7 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
     "regnet_y_400mf": (32, {"ResBottleneckBlock": 12}),
     "swin_t": (64, {"SwinTransformerBlock": 12}),
     "inception_v3": (96, {"InceptionA": 1, "InceptionC": 4, "InceptionE": 1}),
-    "densenet121": (32, {}),
-    "vgg11_bn": (32, {}),
+    "squeezenet1_1": (64, {"Fire": 4}),
 }
 
 

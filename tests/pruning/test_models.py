@@ -89,9 +89,75 @@ def test_a_name_that_only_timm_has():
     assert factory.classes() == 1000
 
 
+def test_architectures_of_the_paper_by_name():
+    pytest.importorskip("transformers")
+    for name in ("bert_base", "idap/bert_base"):
+        factory = resolve(name, num_classes=7)
+        assert factory.name == "idap/bert_base"
+        assert (factory.is_library, factory.takes_classes, factory.has_weights) == (True, True, False)
+    assert pickle.loads(pickle.dumps(factory)) == factory
+    with torch.device("meta"):
+        assert factory().classifier.out_features == 7
+        assert resolve("bert_base")().classifier.out_features == 2
+    # Those that a library builds are the library's, with its weights.
+    assert resolve("idap/resnet50", num_classes=3) == resolve("resnet50", num_classes=3)
+    assert resolve("idap/resnet50").name == "torchvision/resnet50"
+    assert ModelFactory("idap/vit_b_16", num_classes=3, image_size=64)().heads.head.out_features == 3
+    assert not resolve("gpt2_base").takes_classes
+    with pytest.raises(InvalidInputError, match="idap/gpt2_base has no classifier"):
+        resolve("gpt2_base", num_classes=3)()
+    with pytest.raises(InvalidInputError, match="default weights"):
+        resolve("bert_base").build("default")
+
+
+def test_transformers_by_class():
+    pytest.importorskip("transformers")
+    for name in ("DistilBertForSequenceClassification", "transformers/DistilBertForSequenceClassification"):
+        factory = resolve(name, num_classes=7)
+        assert factory.name == "transformers/DistilBertForSequenceClassification"
+    with torch.device("meta"):
+        assert factory().classifier.out_features == 7
+    assert resolve("ViTForImageClassification", image_size=64).image_size == 64
+    for name in ("BertPreTrainedModel", "BertConfig", "transformers/bert_for_sequence_classification"):
+        with pytest.raises(InvalidInputError, match="there is no model"):
+            resolve(name)
+    with pytest.raises(InvalidInputError, match="nearest: BertForSequenceClassification"):
+        resolve("transformers/BertForSequenceClasification")
+    with pytest.raises(InvalidInputError, match="default weights"):
+        resolve("DistilBertForSequenceClassification").build("default")
+
+
+def test_transformers_by_directory(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    saved = transformers.BertForSequenceClassification(config).eval()
+    saved.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for name in ("./model", "transformers/model", str(tmp_path / "model")):
+        factory = resolve(name)
+        assert factory.name == f"transformers/{tmp_path / 'model'}"
+    monkeypatch.chdir("/")
+    assert factory.has_weights
+    assert same(factory.build("default"), saved)
+    assert not same(factory(), saved)
+    other = resolve(str(tmp_path / "model"), num_classes=5).build("default")
+    assert other.classifier.out_features == 5
+    assert torch.equal(other.bert.pooler.dense.weight, saved.bert.pooler.dense.weight)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "nothing that there is"}')
+    with pytest.raises(InvalidInputError, match="cannot be built from its configuration"):
+        factory()
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(InvalidInputError, match=r"holds a config\.json"):
+        resolve(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("bert_bas", ("bert_base", "idap", "timm")),
+        ("idap/yolo", ("in idap", "yolov4_shufflenet_v2")),
         ("resnt18", ("no model 'resnt18'", "resnet18", "package.module:function")),
         ("torchvision/resnet_18", ("torchvision", "resnet18")),
         ("no_such_package_anywhere:f", ("no_such_package_anywhere", "current directory")),
@@ -107,19 +173,23 @@ def test_unknown_names(name, words):
 
 
 def test_names_that_begin_alike_come_first():
-    from idap.models.resolve import _suggest
+    from idap.models.resolve import suggest
 
     names = ["bit_tiny", "vit_tiny_patch16_224", "vit_tiny_patch16_384", "vi_tiny"]
-    assert _suggest("vit_tiny", names).startswith(
+    assert suggest("vit_tiny", names).startswith(
         "; the nearest: vit_tiny_patch16_224, vit_tiny_patch16_384, "
     )
-    assert _suggest("", names) == ""
+    assert suggest("", names) == ""
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InvalidInputError, match="pip install timm"):
-        resolve("timm/resnet18")
+    for name in ("timm/resnet18", "transformers/BertModel"):
+        library = name.partition("/")[0]
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(InvalidInputError, match=f"pip install {library}"):
+            resolve(name)
+    with pytest.raises(InvalidInputError, match="pip install transformers"):
+        resolve("bert_base")()
 
 
 def test_factories_that_are_none(own_module):

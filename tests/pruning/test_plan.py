@@ -62,9 +62,10 @@ projections = st.none() | st.one_of(
     st.builds(Projection, st.just("linear"), widths, widths),
     st.builds(Projection, st.just("conv2d"), widths, widths, st.tuples(widths, widths)),
 )
-block_steps = st.lists(st.builds(BlockRemoval, names, names, returns, projections), max_size=3).map(
-    lambda items: BlockStep(tuple(items))
-)
+followers = st.lists(st.tuples(names, names), max_size=2).map(tuple)
+block_steps = st.lists(
+    st.builds(BlockRemoval, names, names, returns, projections, followers, st.booleans()), max_size=3
+).map(lambda items: BlockStep(tuple(items)))
 costs = st.none() | st.builds(Cost, st.integers(0, 10**15), st.none() | st.integers(0, 10**15))
 any_plan = st.builds(
     PruningPlan, names, st.lists(channel_steps | block_steps, max_size=4).map(tuple), costs, costs,
@@ -155,7 +156,13 @@ def test_ties_that_a_plan_would_break() -> None:
         plan.apply(model)
     found = prune_filters(model, scores_of(model), torch.randn(2, 6), ratio=0.5, round_to=1)
     assert found.steps == ()
-    assert any("one parameter" in s.reason for s in found.skipped)
+    assert ["an output of the model" in s.reason for s in found.skipped] == [True]
+    # The rows of an embedding are no channels, those of a linear layer are.
+    rows = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3))
+    rows[1].weight = rows[0].weight
+    found = prune_filters(rows, scores_of(rows), torch.randint(0, 6, (2, 3)), ratio=0.0, round_to=1)
+    reasons = {s.root: s.reason for s in found.skipped}
+    assert reasons["1"] == "0.weight and 1.weight are one parameter, and it cannot be cut in both"
 
 
 def test_shared_layers_are_cut_once() -> None:
