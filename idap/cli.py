@@ -1,4 +1,4 @@
-"""The command line: ``idap quickstart``, ``prune``, ``profile``, ``latency``, ``report`` and ``doctor``."""
+"""The command line: ``idap quickstart``, ``prune``, ``profile``, ``latency``, ``models``, ``report``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .commands import inspect_model, prune
+    from .commands import inspect_model, list_models, prune
     from .quickstart.settings import Settings
 
     parser = argparse.ArgumentParser(
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prune.add_parser(commands)
     inspect_model.add_parsers(commands)
+    list_models.add_parser(commands)
 
     report = commands.add_parser("report", help="a page with figures and pictures of a run of idap prune")
     report.add_argument("directory", type=Path, metavar="DIR", help="the --output of idap prune")

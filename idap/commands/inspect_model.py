@@ -29,12 +29,12 @@ from .subject import (
     check_fit,
     check_numbers,
     first_sample,
-    input_shape,
     open_data,
     open_model,
     parse_shape,
     path_of,
-    random_input,
+    random_inputs,
+    shapes_of,
 )
 from .tables import models_table, profile_tables
 
@@ -91,8 +91,10 @@ def run_profile(args: argparse.Namespace) -> int:
     with torch_threads(args.threads):
         if args.random:
             subject = open_model(args)
-            shape = input_shape(subject, args.input, args.batch_size)
-            batches: Any = [random_input(shape, subject.device, i) for i in range(args.calibration_batches)]
+            batches: Any = [
+                random_inputs(subject, args.input, args.batch_size, i)
+                for i in range(args.calibration_batches)
+            ]
         else:
             subject, data = open_data(args, augment=False)
             sample = inputs_of(next(iter(make_batches(data.calibration, 1))))
@@ -155,10 +157,10 @@ def run_latency(args: argparse.Namespace) -> int:
     models = {"original": subject.model}
     if directory is not None:
         models["pruned"] = artifact.load(directory, subject.factory, device=subject.device)
-    example = random_input(input_shape(subject, shape), subject.device)
+    example = random_inputs(subject, shape)
     if directory is not None and not given and recorded is None:
         print(
-            f"Note: {args.directory} does not say what the inputs of its run were; timed on {tuple(example.shape)}, "
+            f"Note: {args.directory} does not say what the inputs of its run were; timed on {shapes_of(example)}, "
             "--input gives another shape.",
             file=sys.stderr,
         )
@@ -168,7 +170,7 @@ def run_latency(args: argparse.Namespace) -> int:
         )
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise InvalidInputError(
-            f"{args.model} cannot run on an input {tuple(example.shape)} ({error}); give its shape with --input"
+            f"{args.model} cannot run on an input {shapes_of(example)} ({error}); give its shape with --input"
         ) from error
     rows = [
         StageSummary(
@@ -196,7 +198,7 @@ def run_latency(args: argparse.Namespace) -> int:
         stats = comparison.stats["original"]
         threads = f"{stats.threads} thread{'s' * (stats.threads != 1)}"
         caption = f"{stats.device}, {stats.dtype}, {threads}, {stats.runs} rounds"
-        title = f"{args.model}, input {tuple(example.shape)}"
+        title = f"{args.model}, input {shapes_of(example)}"
         Console(highlight=False).print(models_table(rows, title=title, caption=caption))
     return 0
 

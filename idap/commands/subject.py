@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data import CalibrationInputs, DataSplits, Preprocessing, load_data
 from ..errors import InvalidInputError
-from ..inputs import call, first_tensor, map_tensors, to_model
+from ..inputs import as_call, call, first_tensor, map_tensors, named_tensors, to_model
 from ..models import ModelFactory, resolve
 
 
@@ -35,14 +35,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) 
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a name of torchvision or timm (resnet50, timm/convnext_tiny), or package.module:function",
+        help="a name of `idap models`, torchvision, timm or transformers (resnet50, timm/convnext_tiny, "
+        "transformers/BertForSequenceClassification), a directory with a config.json of transformers, or "
+        "package.module:function",
     )
     if weights:
         parser.add_argument(
             "--weights",
             metavar="W",
             help="none, default (the library's pretrained ones), or a file: .safetensors, .pt, .pth "
-            "(default: default for names of a library, none for a function)",
+            "(default: default where there are any, else none)",
         )
     else:
         parser.set_defaults(weights="none")
@@ -116,7 +118,7 @@ def open_data(args: argparse.Namespace, *, seed: int = 0, augment: bool = True) 
     if model is not None:
         preprocessing = preprocessing.for_channels(_channels(model))
     data = load_data(args.data, preprocessing, download=args.download, augment=augment)
-    if factory.is_library and factory.num_classes is None:
+    if factory.takes_classes and factory.num_classes is None:
         factory = replace(factory, num_classes=data.classes)
     return _subject(factory, model or _build(factory, args, seed), preprocessing, args), data
 
@@ -186,9 +188,24 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def random_input(shape: tuple[int, ...], device: torch.device, seed: int = 0) -> Tensor:
-    """Normal noise, the same for the same seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+def random_inputs(subject: Subject, shape: tuple[int, ...] | None, batch: int = 1, seed: int = 0) -> Any:
+    """Normal noise of ``shape``; without one, a batch of what the model takes, as far as that is known.
+
+    The same for the same seed.
+    """
+    if shape is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            own = subject.factory.example_inputs(batch)
+        if own is not None:
+            return to_model(own, subject.model)
+    noise = torch.randn(input_shape(subject, shape, batch), generator=torch.Generator().manual_seed(seed))
+    return noise.to(subject.device)
+
+
+def shapes_of(example: Any) -> str:
+    """The shapes of all tensors of an input, for messages: ``"(1, 128), (1, 128)"``."""
+    return ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(as_call(example)))
 
 
 def pick_device(name: str) -> torch.device:
@@ -212,7 +229,7 @@ def pick_device(name: str) -> torch.device:
 
 def _factory(args: argparse.Namespace) -> ModelFactory:
     if args.weights is None:
-        args.weights = "none" if ":" in args.model else "default"
+        args.weights = "default" if resolve(args.model).has_weights else "none"
     return resolve(
         args.model,
         num_classes=args.num_classes,

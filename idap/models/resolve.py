@@ -1,6 +1,7 @@
 """From a name to a model: ``resnet50``, ``timm/convnext_tiny``, ``package.module:factory``.
 
-torchvision and timm are imported by the functions that need them; neither is a dependency of the package.
+torchvision, timm and transformers are imported by the functions that need them; none of them is a dependency of
+the package. Nothing is downloaded unless pretrained weights are asked for.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import IdapError, InvalidInputError
+from ..inputs import Inputs
 
-LIBRARIES = ("torchvision", "timm")
+if TYPE_CHECKING:
+    from .architectures import Architecture
+
+# Where a name is looked for, in this order; "idap" has the architectures of the paper.
+LIBRARIES = ("idap", "torchvision", "timm", "transformers")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints keep the weights
 # Heads that only training reads. Pruning looks at what runs in eval mode, so they would be left with old widths.
 _AUXILIARY = {"inception_v3": ("AuxLogits.",), "googlenet": ("aux1.", "aux2.")}
@@ -38,8 +44,10 @@ class ModelFactory:
     name and says what is wrong with it.
 
     Attributes:
-        name: ``"torchvision/NAME"``, ``"timm/NAME"`` or ``"package.module:factory"``.
-        num_classes: outputs of the classifier; the library's default if not given.
+        name: ``"idap/NAME"``, ``"torchvision/NAME"``, ``"timm/NAME"``, ``"transformers/CLASS"``,
+            ``"transformers/DIRECTORY"`` or ``"package.module:factory"``.
+        num_classes: outputs of the classifier (``num_labels`` in transformers); the library's default if not
+            given.
         image_size: height and width in pixels, for the models that are made for one size (vision
             transformers); the others ignore it.
         pretrained: whether the model is one for the library's own weights, which makes a difference for some
@@ -59,10 +67,14 @@ class ModelFactory:
             InvalidInputError: the name is unknown, its library is missing, or it cannot be built so.
         """
         library, name = self._parts()
+        if library == "idap":
+            return self._own(name)
         if library == "torchvision":
             return self._torchvision(name)
         if library == "timm":
             return self._timm(name)
+        if library == "transformers":
+            return self._transformers(name)
         factory = import_object(self.name, "model")
         options = {} if self.num_classes is None else {"num_classes": self.num_classes}
         if isinstance(factory, nn.Module):
@@ -79,8 +91,20 @@ class ModelFactory:
 
     @property
     def is_library(self) -> bool:
-        """Whether torchvision or timm builds it, which have pretrained weights and take a number of classes."""
+        """Whether it is no function of the user's: a library builds it, or this package."""
         return self._parts()[0] in LIBRARIES
+
+    @property
+    def takes_classes(self) -> bool:
+        """Whether ``num_classes`` means something to a model that is no function of the user's."""
+        library, name = self._parts()
+        return "classes" in _parameters(_default_builder(name)) if library == "idap" else library != ""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to be had by ``build("default")``: of torchvision, timm, or in a directory."""
+        library, name = self._parts()
+        return library in ("torchvision", "timm") or (library == "transformers" and _is_directory(name))
 
     def code(self) -> str:
         """The Python expression that makes this factory."""
@@ -118,6 +142,12 @@ class ModelFactory:
                 "interpolation": config["interpolation"],
             }
         return {}
+
+    def example_inputs(self, batch: int = 1) -> Inputs | None:
+        """Random inputs that an architecture of the paper takes; None for a model that is none of these."""
+        library, name = self._parts()
+        known = _architectures().get(name) if library == "idap" else None
+        return None if known is None else known.inputs(batch)
 
     def classes(self) -> int | None:
         """How many classes the library's pretrained weights tell apart, if it says so."""
@@ -169,6 +199,8 @@ class ModelFactory:
                 classifier = ()
             _fit(model, state, f"{known}", ignore=_AUXILIARY.get(name, ()), optional=classifier)
             return model.eval()
+        if library == "transformers" and _is_directory(name):
+            return self._transformers(name, pretrained=True).eval()
         if library == "timm":
             _library("timm")
             try:
@@ -178,12 +210,55 @@ class ModelFactory:
             except Exception as error:
                 raise _no_weights(self.name, error) from error
         raise InvalidInputError(
-            f"only torchvision's and timm's models have default weights, {self.name} has not: give a file or none"
+            f"only the models of torchvision, of timm and in a directory of transformers have default weights, "
+            f"{self.name} has not: give a file or none"
         )
 
     def _parts(self) -> tuple[str, str]:
         library, _, name = self.name.partition("/")
         return (library, name) if name and library in LIBRARIES else ("", self.name)
+
+    def _own(self, name: str) -> nn.Module:
+        builder = _default_builder(name)
+        of_library = _library_factory(builder)
+        if of_library is not None:
+            options = {key: value for key, value in vars(self).items() if key != "name"}
+            return replace(of_library, **options)()
+        known, given = _parameters(builder), {"classes": self.num_classes, "size": self.image_size}
+        if self.num_classes is not None and "classes" not in known:
+            raise InvalidInputError(f"{self.name} has no classifier, got num-classes {self.num_classes}")
+        chosen = {key: value for key, value in given.items() if value is not None and key in known}
+        return _built(self.name, builder, chosen)
+
+    def _transformers(self, name: str, pretrained: bool = False) -> nn.Module:
+        transformers = _library("transformers")
+        options: dict[str, Any] = {} if self.num_classes is None else {"num_labels": self.num_classes}
+        try:
+            if _is_directory(name):
+                config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, **options)
+                kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+            else:
+                kind = _transformers_class(name)
+                if kind is None:
+                    raise _unknown(self.name)
+                config = kind.config_class(**options)
+            if self.image_size is not None and hasattr(config, "image_size"):
+                config.image_size = self.image_size
+            if pretrained:
+                model: nn.Module = kind.from_pretrained(
+                    name, config=config, local_files_only=True, ignore_mismatched_sizes=bool(options)
+                )
+            elif hasattr(kind, "_from_config"):
+                model = kind._from_config(config)
+            else:
+                model = kind.from_config(config)
+        except InvalidInputError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            weights = "with its weights" if pretrained else "from its configuration"
+            raise InvalidInputError(f"{self.name} cannot be built {weights}: {reason}") from error
+        return model
 
     def _torchvision(self, name: str) -> nn.Module:
         models = _library("torchvision").models
@@ -229,10 +304,12 @@ def resolve(
     image_size: int | None = None,
     pretrained: bool = False,
 ) -> ModelFactory:
-    """The factory for a name of torchvision, else of timm, or for ``package.module:function``.
+    """The factory for a name of the paper's architectures, else of torchvision, timm or transformers.
 
-    ``torchvision/NAME`` and ``timm/NAME`` say which library is meant. Nothing is built yet; a module of the
-    user's own is imported, with the current directory on the path.
+    ``idap/NAME``, ``torchvision/NAME``, ``timm/NAME`` and ``transformers/NAME`` say which is meant. A name of
+    transformers is that of a class, built with its default configuration (``BertForSequenceClassification``), or
+    a directory with a ``config.json``. ``package.module:function`` is a function of the user's own. Nothing is
+    built yet; a module of the user's own is imported, with the current directory on the path.
 
     Raises:
         InvalidInputError: the name is unknown (the message lists those most like it), the library is missing,
@@ -253,7 +330,14 @@ def resolve(
         found = next((lib for lib in LIBRARIES if _installed(lib) and _has(lib, name)), None)
         if found is None:
             raise _unknown(name)
-        library, rest, name = found, name, f"{found}/{name}"
+        library, rest = found, name
+    if library == "idap":
+        of_library = _library_factory(_default_builder(rest))
+        if of_library is not None:
+            library, rest = of_library._parts()
+    elif library == "transformers" and _is_directory(rest):
+        rest = os.path.abspath(rest)
+    name = f"{library}/{rest}"
     if library == "torchvision" and not rest.startswith("vit_"):
         image_size = None  # they take any size
     alike = not (library == "torchvision" and (rest.startswith("vit_") or rest in _AUXILIARY))
@@ -288,7 +372,7 @@ def import_object(spec: str, what: str) -> Any:
         except AttributeError:
             raise InvalidInputError(
                 f"{what}: {getattr(value, '__name__', module_name)} has no {part!r}"
-                + _suggest(part, [name for name in vars(value) if not name.startswith("_")])
+                + suggest(part, [name for name in vars(value) if not name.startswith("_")])
             ) from None
     return value
 
@@ -464,18 +548,72 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InvalidInputError(f"{name} is needed for this model ({error}): pip install {name}") from error
+        package = name.partition(".")[0].replace("_", "-")
+        raise InvalidInputError(
+            f"{package} is needed for this model ({error}): pip install {package}"
+        ) from error
 
 
 def _names(library: str) -> list[str]:
+    if library == "idap":
+        return list(_architectures())
     if library == "timm":
         return list(_library("timm").list_models())
+    if library == "transformers":
+        tables = vars(_library("transformers.models.auto.modeling_auto")).items()
+        values = [v for key, table in tables if key.endswith("_MAPPING_NAMES") for v in table.values()]
+        return sorted({own for v in values for own in (v if isinstance(v, (tuple, list)) else (v,))})
     names = _library("torchvision").models.list_models()
     return [name for name in names if not name.startswith("quantized_")]
 
 
 def _has(library: str, name: str) -> bool:
-    return bool(_library("timm").is_model(name)) if library == "timm" else name in _names(library)
+    if library == "timm":
+        return bool(_library("timm").is_model(name))
+    if library == "transformers":
+        return _is_directory(name) or _transformers_class(name) is not None
+    return name in _names(library)
+
+
+def _architectures() -> Mapping[str, Architecture]:
+    from .registry import ARCHITECTURES  # here, as its builders are made of this module
+
+    return ARCHITECTURES
+
+
+def _default_builder(name: str) -> Any:
+    known = _architectures().get(name)
+    if known is None:
+        raise _unknown(f"idap/{name}")
+    return next(iter(known.builders.values()))
+
+
+def _library_factory(builder: Any) -> ModelFactory | None:
+    """The factory whose ``build`` an architecture of the paper takes for its builder, if it does."""
+    own = getattr(builder, "__self__", None)
+    return own if isinstance(own, ModelFactory) else None
+
+
+def _parameters(builder: Any) -> set[str]:
+    if _library_factory(builder) is not None:
+        return {"classes"}
+    return set(inspect.signature(builder).parameters)
+
+
+def _is_directory(name: str) -> bool:
+    return (Path(name) / "config.json").is_file()
+
+
+def _transformers_class(name: str) -> Any:
+    """The class of transformers that has this name and is a whole model with a configuration; else None."""
+    if not name.isidentifier() or not name[0].isupper() or name.endswith("PreTrainedModel"):
+        return None  # without importing the library
+    try:
+        kind = getattr(_library("transformers"), name, None)
+    except (ImportError, RuntimeError):  # a model whose own requirements are missing
+        return None
+    whole = isinstance(kind, type) and issubclass(kind, nn.Module)
+    return kind if whole and getattr(kind, "config_class", None) is not None else None
 
 
 def _unknown(name: str) -> InvalidInputError:
@@ -484,18 +622,21 @@ def _unknown(name: str) -> InvalidInputError:
     missing = [lib for lib in LIBRARIES if not _installed(lib)]
     message = f"there is no model {name!r}"
     message += f" in {' or '.join(searched)}" if searched else ""
-    message += _suggest(rest, [known for lib in searched for known in _names(lib)])
+    message += suggest(rest, [known for lib in searched for known in _names(lib)])
     message += "; a function of your own is package.module:function"
+    if Path(name).is_dir():
+        message += ", and a directory is taken for a model of transformers if it holds a config.json"
     if missing and library not in LIBRARIES:
         message += f"; not installed: {', '.join(missing)} (pip install {' '.join(missing)})"
     return InvalidInputError(message)
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    names, wanted = sorted(set(known)), name.lower()
-    beginning = [each for each in names if wanted and each.lower().startswith(wanted)]
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``"; the nearest: ..."`` with up to five of the known names that begin or are spelt alike, or ``""``."""
+    names, wanted = {each.lower(): each for each in sorted(set(known))}, name.lower()
+    beginning = [each for each in names if wanted and each.startswith(wanted)]
     alike = difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
-    nearest = list(dict.fromkeys([*beginning, *alike]))[:5]
+    nearest = [names[each] for each in dict.fromkeys([*beginning, *alike])][:5]
     return f"; the nearest: {', '.join(nearest)}" if nearest else ""
 
 
