@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command: build, tests, compute-sanitizer, benchmarks.
 #
 #   benchmarks/gpu_suite.sh [step ...]     steps: build tests sanitize kernels profile latency scoring (default: these)
-#                                          and pruning, which goes on from what it left in OUT
+#                                          and models, pruning, which go on from what they left in OUT
 #
 #   OUT     folder of the results          (default: benchmarks/results/gpu)
 #   WHEELS  folder of wheels to use first  (default: .whl; nothing is fetched from a network)
@@ -93,6 +93,11 @@ for name in "${STEPS[@]}"; do
     profile) bench profile bench_profile.py ;;
     latency) bench latency bench_latency.py ;;
     scoring) bench scoring bench_scoring.py ;;
+    models)
+      # Row after row, each in a process of its own; the ones that are there are kept.
+      step models 590 "$PYTHON" benchmarks/bench_models.py --device cuda --jsonl "$OUT/models.jsonl" --limit 240 \
+        --steps filters,layers,latency
+      ;;
     pruning)
       # An hour of short runs on a CPU: what is done stays, and the next call goes on from there.
       step pruning 560 "$PYTHON" benchmarks/bench_pruning.py --device cuda --json "$OUT/pruning.jsonl" \

@@ -545,6 +545,137 @@ def resume(name: str) -> str:
     )
 
 
+def model_rows(name: str) -> list[dict[str, Any]]:
+    with open(RESULTS / f"{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _models_caption(rows: list[dict[str, Any]]) -> str:
+    measured = [row["environment"] for row in rows if "environment" in row]
+    dates = sorted({own["date"] for own in measured})
+    return machine({**measured[-1], "date": " to ".join(dict.fromkeys((dates[0], dates[-1])))})
+
+
+def _giga(macs: float) -> str:
+    return f"{macs / 1e9:.{2 if macs < 1e10 else 1}f}"
+
+
+def _verdict(row: dict[str, Any], step: str) -> str:
+    found = row.get(step, {})
+    if "error" not in found:
+        return "✓" if found else "–"
+    return "as unpruned¹" if found.get("unpruned_fails_too") else "✗"
+
+
+def models(name: str) -> str:
+    rows = model_rows(name)
+    lines = [
+        f"{_models_caption(rows)}; batch 1, float32, eager.",
+        "",
+        "| network | from | GMACs (paper) | stage 1 (target) | stage 2, blocks | parameters | exact | trains | "
+        "reloads | export | ONNX |",
+        "|---|---|--:|--:|--:|--:|--:|---|---|---|---|",
+    ]
+    notes: dict[str, str] = {}
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | {row['library']} | {row['failed']} |" + " |" * 8)
+            continue
+        paper, filters, layers = row["paper"], row.get("filters", {}), row.get("layers", {})
+        cells = [row["title"], row["library"]]
+        cells.append(f"{_giga(row['macs'])} ({paper['gmacs']:g})" if paper["gmacs"] else _giga(row["macs"]))
+        if "after" in filters:
+            share = filters["after"]["macs"] / row["macs"]
+            cells.append(
+                f"{_giga(filters['after']['macs'])}, {100 * share:.1f} % ({100 * filters['share']:.0f} %)"
+            )
+        else:
+            cells.append("✗")
+        if "after" in layers:
+            cells.append(
+                f"{_giga(layers['after']['macs'])}, {len(layers['removed'])} of {layers['removable']}"
+            )
+        else:
+            cells.append("nothing to remove" if layers.get("removable") == 0 else "✗")
+        last = layers.get("after") or filters.get("after") or {"params": row["params"]}
+        cells.append(f"{row['params'] / 1e6:.1f} → {last['params'] / 1e6:.1f} M")
+        errors = [value for key, value in row.get("exact", {}).items() if key.startswith("error_")]
+        cells.append(f"{max(errors):.0e}" if errors else "✗")
+        cells += [_verdict(row, step) for step in ("train", "reload", "export", "onnx")]
+        lines.append(f"| {' | '.join(cells)} |")
+        for step in ("export", "onnx"):
+            own = row.get(step, {}).get("unpruned_fails_too")
+            if own:
+                notes.setdefault(f"{row['title']}, {step}", " ".join(own.split())[:160])
+    lines += [
+        "",
+        "Exact: largest difference in float64, relative to the largest output, from the original with the removed "
+        "contributions at zero, both stages.",
+    ]
+    if notes:
+        lines += ["", "¹ The library's own network cannot be exported unpruned either:", ""]
+        lines += [f"- {key}: {value}" for key, value in notes.items()]
+    return "\n".join(lines)
+
+
+def models_latency(name: str) -> str:
+    rows = [row for row in model_rows(name.replace("-latency", "")) if "modes" in row.get("latency", {})]
+    lines = [
+        f"{_models_caption(rows)}; batch 1, float32, eager; median (p10–p90).",
+        "",
+        "| network | from | as it is | filters pruned | and blocks removed | speed-up | RTX 3060, paper | runs | "
+        "profile | decision | surgery | peak memory |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        own = row["latency"]["modes"]["eager"]
+        cells = [row["title"], row["library"]]
+        for key in ("base", "filters", "layers"):
+            t = own[key]
+            cells.append(f"{t['median']:.1f} ms ({t['p10']:.1f}–{t['p90']:.1f})")
+        paper = row["paper"]["speedup"]
+        cells.append(f"{own['layers']['speedup']:.2f}×")
+        cells.append(f"{paper:.2f}×" if paper else "–")
+        cells.append(str(row["latency"]["runs"]))
+        costs = row["filters"]["costs"]
+        cells.append(f"{costs['profile']['seconds']:.1f} s")
+        cells.append(f"{costs['groups']['seconds'] + costs['decision']['seconds']:.1f} s")
+        cells.append(f"{costs['surgery']['seconds']:.2f} s")
+        peak = max(cost["peak_bytes"] for step, cost in costs.items() if step != "one forward pass")
+        cells.append(f"{peak / 2**30:.1f} GiB ({costs['one forward pass']['peak_bytes'] / 2**30:.1f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Profile: two batches of two samples (of one, above 60 GMACs). Decision: finding the groups, ranking, proof. "
+        "Peak memory: of the process, the model included; in brackets that of a forward pass of the same batch.",
+    ]
+    return "\n".join(lines)
+
+
+def models_summary(name: str) -> str:
+    rows = model_rows(name.replace("-summary", ""))
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if "failed" not in row:
+            first.setdefault(row["name"], row)
+    lines = [
+        "| network | GMACs | stage 1 | stage 2 | CPU speed-up | paper, RTX 3060 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in first.values():
+        layers = row.get("layers", {})
+        after = row["filters"]["after"]["macs"]
+        speed = row.get("latency", {}).get("modes", {}).get("eager", {}).get("layers", {}).get("speedup")
+        paper = row["paper"]["speedup"]
+        lines.append(
+            f"| {row['title']} | {_giga(row['macs'])} | {_giga(after)} ({100 * (after / row['macs'] - 1):+.0f} %) | "
+            f"{_giga(layers['after']['macs']) if layers.get('removed') else '–'} | "
+            f"{f'{speed:.2f}×' if speed else '–'} | {f'{paper:.2f}×' if paper else '–'} |"
+        )
+    lines += ["", f"{_models_caption(list(first.values()))}; batch 1, float32, random weights."]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, dict[str, Callable[[str], str]]] = {
     "README.md": {
         "quickstart-cpu": quickstart,
@@ -553,6 +684,7 @@ TABLES: dict[str, dict[str, Callable[[str], str]]] = {
         "profile-cpu": profile,
         "latency-cpu": latency,
         "scoring-cpu-summary": scoring_summary,
+        "models-cpu-summary": models_summary,
     },
     "examples/README.md": {"kernel-costs-cpu": kernel_costs},
     "benchmarks/RESULTS.md": {
@@ -563,6 +695,8 @@ TABLES: dict[str, dict[str, Callable[[str], str]]] = {
         "pruning-ablation": pruning_ablation,
         "step-cpu": step,
         "scoring-cpu": scoring,
+        "models-cpu": models,
+        "models-cpu-latency": models_latency,
         "resume-cpu": resume,
     },
 }
