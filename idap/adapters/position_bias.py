@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .standin import StandIn, turn_into
 
-class HeadwiseBias(nn.Module):
+
+class HeadwiseBias(StandIn):
     """Before the class of such an attention, lets each layer use its own heads of the bias of all.
 
     What it returns for the layers after it is the bias of all heads, or that of one where it is the same for all.
@@ -61,23 +63,6 @@ class HeadwiseBias(nn.Module):
     def _own(self, bias: Tensor) -> Tensor:
         return bias[:, list(self.kept_heads)] if bias.shape[1] == self.built_heads else bias
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (type(self).__mro__[2],), self.__dict__
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _headwise(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _CLASSES:
-        _CLASSES[base] = type(f"Headwise{base.__name__}", (HeadwiseBias, base), {"__module__": __name__})
-    return _CLASSES[base]
-
-
-def _blank(base: type[nn.Module]) -> nn.Module:
-    kind = _headwise(base)
-    return kind.__new__(kind)
-
 
 def supports(module: nn.Module) -> bool:
     """Whether it is such an attention: it computes a position bias, or is given one, and returns it."""
@@ -105,8 +90,7 @@ def remove_heads(module: nn.Module, heads: int, removed: list[int]) -> None:
     if isinstance(module, HeadwiseBias):
         before = module.kept_heads
     else:
-        # In place, so that hooks, names and references to the module stay.
-        module.__class__ = _headwise(type(module))
+        turn_into(module, HeadwiseBias)
         module.built_heads = heads  # type: ignore[assignment]
     gone = set(removed)
     module.kept_heads = tuple(own for i, own in enumerate(before) if i not in gone)  # type: ignore[assignment]
