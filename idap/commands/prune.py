@@ -161,7 +161,11 @@ def add_parser(commands: Any) -> None:
     )
     switch(how, "compensate", "do not move the mean of what is removed into the next bias")
     switch(how, "recalibrate", "do not estimate batch-norm statistics anew after surgery")
-    switch(how, "project", "do not remove blocks that change the shape")
+    switch(
+        how,
+        "project",
+        "put no projection in the place of a block: only those go for which the identity can stand",
+    )
     switch(how, "heads", "do not remove attention heads")
 
     training = parser.add_argument_group("evaluation and fine-tuning")
