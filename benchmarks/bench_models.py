@@ -89,11 +89,13 @@ def main() -> int:
             if not missing and "failed" not in old:
                 continue
             row = one_row(name, library, missing or wanted, args)
-            if "failed" not in row and "failed" not in old:
-                row = {**old, **row, "environment": row["environment"]}
-            done[name, library] = row
-            failed += not green(row)
             print(summary(row), flush=True)
+            failed += not green(row)
+            if "failed" in row and "failed" not in old and old:
+                continue  # what is there is kept
+            if same_network(old, row):
+                row = {**old, **row}
+            done[name, library] = row
             if args.jsonl:
                 write_rows(args.jsonl, done)
     return 1 if failed else 0
@@ -116,6 +118,14 @@ def one_row(name: str, library: str, steps: list[str], args: argparse.Namespace)
     row: dict[str, Any] = json.loads(lines[-1][4:])
     row["seconds"] = time.perf_counter() - begin
     return row
+
+
+def same_network(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two rows are of one pruned network, so that steps of the one say something of the other."""
+    return all(
+        step in old and old[step].get(key) == new.get(step, {}).get(key)
+        for step, key in (("filters", "after"), ("layers", "after"), ("layers", "removed"))
+    )
 
 
 def read_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -307,10 +317,8 @@ class Row:
     def filters(self) -> dict[str, Any]:
         """Stage 1: profile, decision and surgery, to the paper's smallest share."""
         share = self.of.paper.share or SHARE
-        settings = dict(self.of.settings)
         batches = [self.inputs(1 if self.macs > HEAVY else 2, seed=seed) for seed in (2, 3)]
-        options = {key: settings.pop(key) for key in ("exact", "ignore") if key in settings}
-        scan, finding = self.timed(lambda: find_groups(self.base, self.traced(), **options))
+        scan, finding = self.timed(lambda: find_groups(self.base, self.traced()))
         heads = find_heads(self.base, scan)
         _, forward = self.timed(lambda: idap.count_macs(self.base, batches[0]))
         profile, profiling = self.timed(
@@ -318,15 +326,11 @@ class Row:
         )
         scores = idap.flow_divergence(self.base, profile)
         self.plan, deciding = self.timed(
-            lambda: idap.prune_filters(
-                self.base, scores, self.example, macs=share, groups=scan, exact=options.get("exact", True),
-                **settings,
-            )
-        )  # fmt: skip
+            lambda: idap.prune_filters(self.base, scores, self.example, macs=share, groups=scan)
+        )
         self.narrow, surgery = self.timed(lambda: self.plan.apply(self.base))
         return {
             "share": share,
-            "settings": {key: str(value) for key, value in self.of.settings.items()},
             "after": self.measure(self.narrow),
             "groups": len(scan.groups),
             "skipped": [[skip.root, skip.size, skip.reason[:200]] for skip in self.plan.skipped],

@@ -96,7 +96,7 @@ for name in "${STEPS[@]}"; do
     models)
       # Row after row, each in a process of its own; the ones that are there are kept.
       step models 590 "$PYTHON" benchmarks/bench_models.py --device cuda --jsonl "$OUT/models.jsonl" --limit 240 \
-        --steps filters,layers,latency
+        --steps filters,layers,exact,latency
       ;;
     pruning)
       # An hour of short runs on a CPU: what is done stays, and the next call goes on from there.

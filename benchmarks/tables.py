@@ -567,6 +567,12 @@ def _verdict(row: dict[str, Any], step: str) -> str:
     return "as unpruned¹" if found.get("unpruned_fails_too") else "✗"
 
 
+def _proved_speed(row: dict[str, Any]) -> float | None:
+    """The speed-up of the smallest network, if its surgery was proved exact and it was timed."""
+    found = row.get("latency", {}).get("modes", {}).get("eager", {}).get("layers", {}).get("speedup")
+    return found if "error_filters" in row.get("exact", {}) else None
+
+
 def models(name: str) -> str:
     rows = model_rows(name)
     lines = [
@@ -619,7 +625,7 @@ def models(name: str) -> str:
 
 
 def models_latency(name: str) -> str:
-    rows = [row for row in model_rows(name.replace("-latency", "")) if "modes" in row.get("latency", {})]
+    rows = [row for row in model_rows(name.replace("-latency", "")) if _proved_speed(row) is not None]
     lines = [
         f"{_models_caption(rows)}; batch 1, float32, eager; median (p10–p90).",
         "",
@@ -634,7 +640,7 @@ def models_latency(name: str) -> str:
             t = own[key]
             cells.append(f"{t['median']:.1f} ms ({t['p10']:.1f}–{t['p90']:.1f})")
         paper = row["paper"]["speedup"]
-        cells.append(f"{own['layers']['speedup']:.2f}×")
+        cells.append(f"{_proved_speed(row):.2f}×")
         cells.append(f"{paper:.2f}×" if paper else "–")
         cells.append(str(row["latency"]["runs"]))
         costs = row["filters"]["costs"]
@@ -656,7 +662,7 @@ def models_summary(name: str) -> str:
     rows = model_rows(name.replace("-summary", ""))
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if "failed" not in row:
+        if "after" in row.get("filters", {}):
             first.setdefault(row["name"], row)
     lines = [
         "| network | GMACs | stage 1 | stage 2 | CPU speed-up | paper, RTX 3060 |",
@@ -665,7 +671,7 @@ def models_summary(name: str) -> str:
     for row in first.values():
         layers = row.get("layers", {})
         after = row["filters"]["after"]["macs"]
-        speed = row.get("latency", {}).get("modes", {}).get("eager", {}).get("layers", {}).get("speedup")
+        speed = _proved_speed(row)
         paper = row["paper"]["speedup"]
         lines.append(
             f"| {row['title']} | {_giga(row['macs'])} | {_giga(after)} ({100 * (after / row['macs'] - 1):+.0f} %) | "

@@ -439,6 +439,8 @@ class _Options:
         """All that the outcome depends on, as JSON data; functions are known by whether they are there."""
         left_out = ("data", "validation", "evaluate", "finetune", "example_inputs", "criterion", "backend")
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        if not self.by_latency:
+            del plain["by_latency"]  # runs that began before there was a choice go on
         name = getattr(self.criterion, "__qualname__", type(self.criterion).__name__)
         return plain | {
             "model": f"{type(original).__name__} {fingerprint(original)[:16]}",

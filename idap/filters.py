@@ -277,15 +277,20 @@ def unit_times(groups: Sequence[Group], times: Mapping[str, float]) -> list[floa
     return [own if own > 0 else least for own in each]
 
 
-def _check_times(times: Mapping[str, float] | None) -> None:
+def _check_times(model: nn.Module, times: Mapping[str, float] | None, scope: str) -> None:
     if times is None:
         return
+    if scope != "global":
+        raise InvalidInputError(f"times: only a global ranking goes by them, got scope={scope!r}")
     if not isinstance(times, Mapping):
         raise InvalidInputError(
             f"times: got {type(times).__name__}, wanted a mapping from layer names to milliseconds, as "
             "layer_times(model, example_inputs) gives it"
         )
+    modules = dict(model.named_modules())
     for name, value in times.items():
+        if name not in modules:
+            raise InvalidInputError(f"times: {name!r} is no module of {type(model).__name__}")
         if not (_is_number(value) and 0 <= value < math.inf):
             raise InvalidInputError(f"times[{name!r}]: got {value!r}, wanted milliseconds, 0 or more")
 
@@ -566,7 +571,7 @@ def prune_filters(
         if value not in known:
             raise InvalidInputError(f"{name}: got {value!r}, wanted one of {known}")
     checked = check_scores(model, scores)
-    _check_times(times)
+    _check_times(model, times, scope)
     if groups is None:
         scan = find_groups(model, example_inputs, ignore=ignore, exact=exact, time_limit=time_limit)
     else:
@@ -914,7 +919,7 @@ def _contributions_zeroed(model: nn.Module, plan: PruningPlan | None) -> Iterato
                 gone = set(removal.removed)
                 kept = [index for index in range(removal.size) if index not in gone]
                 norm = model.get_submodule(removal.layer)
-                handles.append(norm.register_forward_hook(_plan.over_kept(kept)))
+                handles.append(norm.register_forward_hook(_plan.over_kept(kept), with_kwargs=True))
             if removal.kind not in ("conv_in", "linear_in"):
                 continue
             module = model.get_submodule(removal.layer)

@@ -5,8 +5,8 @@ outputs, with hooks that tell which part of it is which layer. Every axis of eve
 prunable channel is followed through the operations with the exact sizes autograd saved (views, permutations,
 concatenations, splits, broadcasts, contractions); what cannot be followed is reported, never guessed. The
 work is linear in the size of the graph, so that it ends for models on which an enumeration of coupled index
-lists does not. Layers are cut by Torch-Pruning's pruning functions; this is the only file that knows
-Torch-Pruning.
+lists does not. Most layers are cut by Torch-Pruning's pruning functions; this is the only
+file that knows Torch-Pruning.
 """
 
 from __future__ import annotations
@@ -502,7 +502,7 @@ def side_size(model: nn.Module, layer: str, kind: str, dim: int = 0) -> int:
 
 
 def cut(model: nn.Module, layer: str, kind: str, removed: Sequence[int], dim: int = 0) -> None:
-    """Remove channels from one side of one layer, in place, by Torch-Pruning's function for its kind.
+    """Remove channels from one side of one layer, in place; by Torch-Pruning's function, where its kind has one.
 
     For the kinds ``heads`` and ``mha`` the channels are heads; see :class:`Member`.
     """
@@ -513,7 +513,10 @@ def cut(model: nn.Module, layer: str, kind: str, removed: Sequence[int], dim: in
         owner, _, name = layer.rpartition(".")
         parameter = model.get_parameter(layer)
         pruner = tp.pruner.function.ParameterPruner(pruning_dim=dim)
-        setattr(model.get_submodule(owner), name, pruner.prune_out_channels(parameter, indices))
+        module = model.get_submodule(owner)
+        setattr(module, name, pruner.prune_out_channels(parameter, indices))
+        if isinstance(module, nn.RMSNorm):
+            module.normalized_shape = tuple(module.weight.shape)
         return
     module = model.get_submodule(layer)
     if kind in _HEAD_KINDS:

@@ -119,12 +119,18 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def images_of(inputs: Inputs) -> list[Tensor] | None:
-    """The first argument if it is a list of images (C, H, W) of up to 4 channels, as detectors take them."""
+    """The first argument if it is a list of images (C, H, W), as detectors take them: 1, 3 or 4 channels, 16 pixels."""
     args, kwargs = as_call(inputs)
     first = next(iter((*args, *kwargs.values())), None)
     if not isinstance(first, list) or not first:
         return None
-    images = all(isinstance(item, Tensor) and item.dim() == 3 and item.shape[0] <= 4 for item in first)
+    images = all(
+        isinstance(item, Tensor)
+        and item.dim() == 3
+        and item.shape[0] in (1, 3, 4)
+        and min(item.shape[1:]) >= 16
+        for item in first
+    )
     return first if images else None
 
 

@@ -501,17 +501,20 @@ class _Search:
 def _cuttable(scan: GroupScan, name: str, shape: tuple[int, ...]) -> tuple[Group, ...]:
     """The groups that all channels of a module's output, of this shape, are; none if others make them too."""
     leaving: list[Group] = []
+    spare: dict[tuple[str, str], int] = {}
     for group in scan.groups:
         makers = [member for member in group.members if member.kind in PRODUCERS]
         readers = [member for member in group.members if not _is_inside(member.layer, name)]
         if not readers or not any(_is_inside(member.layer, name) for member in makers):
             continue
-        # What reads them must have others besides, and nothing outside may make them.
-        if any(member in readers for member in makers) or any(
-            member.size <= sum(map(len, member.units)) for member in readers
-        ):
-            return ()
+        if any(member in readers for member in makers):
+            return ()  # something outside makes them as well
         leaving.append(group)
+        for member in readers:
+            left = spare.get((member.layer, member.kind), member.size) - sum(map(len, member.units))
+            if left <= 0:
+                return ()  # what reads them has no others
+            spare[member.layer, member.kind] = left
     convolutional = any(member.kind == "conv_out" for group in leaving for member in group.members)
     width = shape[1 if convolutional else -1] if len(shape) > 1 else 0
     return tuple(leaving) if sum(group.size for group in leaving) == width else ()

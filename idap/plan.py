@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import complexity
 from . import groups as _groups
@@ -27,7 +26,7 @@ from .tracing import layernorm_dim
 
 Returns: TypeAlias = "str | list[Any]"
 FORMAT = "idap-plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knows neither blocks that are cut out, nor units, nor shuffles
 
 
 class IdentityBlock(nn.Module):
@@ -384,7 +383,7 @@ class PruningPlan:
         """Plain dictionaries, lists, strings and numbers."""
         return {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": 2 if _is_new(self.steps) else 1,
             "model": self.model,
             "before": _cost_to_dict(self.before),
             "after": _cost_to_dict(self.after),
@@ -401,9 +400,9 @@ class PruningPlan:
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InvalidInputError(f"not a pruning plan: wanted a JSON object with format {FORMAT!r}")
-        if data.get("version") != FORMAT_VERSION:
+        if data.get("version") not in range(1, FORMAT_VERSION + 1):
             raise InvalidInputError(
-                f"pruning plan: got format version {data.get('version')!r}, wanted {FORMAT_VERSION}; "
+                f"pruning plan: got format version {data.get('version')!r}, wanted at most {FORMAT_VERSION}; "
                 "a newer version of idap wrote it"
             )
         try:
@@ -667,35 +666,43 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 SPANNING_NORMS = ("layernorm", "groupnorm")
 
 
-def over_kept(kept: Sequence[int]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook for an ``nn.LayerNorm`` or ``nn.GroupNorm`` at full width: it norms over ``kept`` alone.
+def over_kept(kept: Sequence[int]) -> Callable[..., Tensor]:
+    """A forward hook (with keywords) for a LayerNorm or GroupNorm at full width: it norms over ``kept`` alone.
 
-    The channels that are not in ``kept`` come out as zeros, and have no part in a mean or a variance.
+    The channels that are not in ``kept`` come out as zeros, and have no part in a mean or a variance. What a subclass
+    does besides, such as an activation, it does to those that are kept.
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x: Tensor = args[0]
-        if isinstance(module, nn.GroupNorm):
-            channel, groups = 1, module.num_groups
-        else:
-            assert isinstance(module, nn.LayerNorm)
-            channel, groups = layernorm_dim(module, tuple(x.shape)), 1
-        rows = x.movedim(channel, -1) if groups == 1 and isinstance(module, nn.LayerNorm) else x
-        result = torch.zeros_like(rows)
-        width = len(module.weight) if module.weight is not None else rows.shape[channel]
-        for part in range(groups):
-            own = [index for index in kept if index * groups // width == part]
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = _inputs.first_tensor((args, kwargs))
+        assert x is not None
+        grouped = isinstance(module, nn.GroupNorm)
+        dim = 1 if grouped else layernorm_dim(module, tuple(x.shape))  # type: ignore[arg-type]
+        parts = int(module.num_groups) if grouped else 1  # type: ignore[arg-type]
+        result = torch.zeros_like(output)
+        for part in range(parts):
+            own = [index for index in kept if index * parts // x.shape[dim] == part]
             if not own:
                 continue
             index = torch.tensor(own, device=x.device)
-            weight, bias = (None if p is None else p[index] for p in (module.weight, module.bias))
-            if isinstance(module, nn.LayerNorm):
-                result[..., index] = F.layer_norm(rows[..., index], (len(own),), weight, bias, module.eps)
-            else:
-                result[:, index] = F.group_norm(rows[:, index], 1, weight, bias, module.eps)
-        return result.movedim(-1, channel) if isinstance(module, nn.LayerNorm) else result
+            result.index_copy_(dim, index, _narrow(module, index).forward(x.index_select(dim, index)))
+        return result
 
     return hook
+
+
+def _narrow(norm: nn.Module, index: Tensor) -> nn.Module:
+    """A norm over these channels as one group; shares all that is not a parameter with ``norm``."""
+    narrow = copy.copy(norm)
+    narrow._parameters = {
+        name: None if p is None else nn.Parameter(p.detach()[index], requires_grad=False)
+        for name, p in norm._parameters.items()
+    }
+    if isinstance(norm, nn.GroupNorm):
+        vars(narrow).update(num_groups=1, num_channels=len(index))
+    else:
+        vars(narrow).update(normalized_shape=(len(index),))
+    return narrow
 
 
 class _Silenced(IdentityBlock):
@@ -752,7 +759,7 @@ def _masked(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
             norm = masked.get_submodule(name)
         except AttributeError:
             continue  # in a block that went later
-        norm.register_forward_hook(over_kept(kept))
+        norm.register_forward_hook(over_kept(kept), with_kwargs=True)
     return masked.train(model.training)
 
 
@@ -920,6 +927,17 @@ def apply_and_compare(plan: PruningPlan, model: nn.Module, example_inputs: Input
     pruned = _carry_out(model, plan.steps)
     got = check_forward(model, pruned, example_inputs, shorter=bool(plan.removed_blocks))
     return pruned, _inexactness(model, plan, got, example_inputs)
+
+
+def _is_new(steps: Iterable[Step]) -> bool:
+    """Whether the first version of the format would be read as something else."""
+    for step in steps:
+        if isinstance(step, BlockStep):
+            if any(removal.cut or removal.followers for removal in step.removals):
+                return True
+        elif any(removal.kind == "shuffle" for removal in step.removals):
+            return True
+    return False
 
 
 def _cost_to_dict(cost: Cost | None) -> dict[str, int | None] | None:

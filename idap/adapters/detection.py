@@ -41,18 +41,21 @@ def _proposing(model: nn.Module) -> list[tuple[str, Any]]:
 def most_proposals(model: nn.Module) -> Iterator[None]:
     """Let region proposal networks pass on as many regions as they may, whatever is on the image.
 
-    Inside, proposals neither suppress one another nor are dropped for being small, so that their number is the
-    network's own limit (1000 in torchvision, or all anchors of a small image), and the work done on them a
+    Inside, proposals neither suppress one another nor are dropped for being small or unlikely, so that their number
+    is the network's own limit (1000 in torchvision, or all anchors of a small image), and the work done on them a
     property of the model and of the size of the image. It is what the published figures count.
     """
-    changed = [(network, network.nms_thresh, network.min_size) for _, network in _proposing(model)]
+    every = {"nms_thresh": 1.0, "min_size": 0.0, "score_thresh": 0.0}
+    changed = [
+        (network, {name: getattr(network, name) for name in every}) for _, network in _proposing(model)
+    ]
     try:
-        for network, _, _ in changed:
-            network.nms_thresh, network.min_size = 1.0, 0.0
+        for network, _ in changed:
+            vars(network).update(every)
         yield
     finally:
-        for network, threshold, size in changed:
-            network.nms_thresh, network.min_size = threshold, size
+        for network, before in changed:
+            vars(network).update(before)
 
 
 @contextmanager
@@ -106,6 +109,12 @@ def same_regions(model: nn.Module, outputs: Sequence[tuple[str, Tensor]]) -> Ite
 
 
 def selections(outputs: Sequence[tuple[str, Tensor]]) -> frozenset[str]:
+    """Paths of the selected outputs that what :func:`predictions` found stands for; none if it found nothing."""
+    known = any(path.startswith(_PREDICTED) for path, _ in outputs)
+    return _selected(outputs) if known else frozenset()
+
+
+def _selected(outputs: Sequence[tuple[str, Tensor]]) -> frozenset[str]:
     """Paths of the outputs that were selected by their scores, so that their number depends on the data.
 
     The rule: a sequence holds a mapping for each image, in it ``boxes`` (n, 4) and at least one more tensor, and
@@ -127,6 +136,7 @@ def selections(outputs: Sequence[tuple[str, Tensor]]) -> frozenset[str]:
 def free_lengths(outputs: Sequence[tuple[str, Tensor]]) -> frozenset[str]:
     """Paths of the outputs whose first dimension counts what was selected, and so is no form of the model.
 
-    :func:`selections`, and what :func:`predictions` finds that heads say of the selected regions.
+    Selected boxes and what goes with them, of any detector, and what :func:`predictions` finds that heads say of the
+    selected regions.
     """
-    return selections(outputs) | {path for path, _ in outputs if path.startswith(_PREDICTED)}
+    return _selected(outputs) | {path for path, _ in outputs if path.startswith(_PREDICTED)}

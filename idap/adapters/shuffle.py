@@ -108,6 +108,13 @@ def _computes_it(module: nn.Module) -> bool:
     if outputs is None or not isinstance(first, nn.Conv2d) or outputs[0] not in (0, outputs[1]):
         return False
     channels = first.in_channels if outputs[0] else 2 * outputs[1]
+    # With other weights: zeros, as last norms often begin with, would hide what the forward pass does.
+    module = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     twin = copy.deepcopy(module)
     convert(twin)
     sample = torch.linspace(-1.0, 1.0, channels * 64, dtype=first.weight.dtype, device=first.weight.device)

@@ -56,7 +56,6 @@ def describe(architecture: Architecture) -> dict[str, Any]:
         "task": architecture.task,
         "libraries": list(architecture.builders),
         "inputs": _shapes(architecture),
-        "settings": {key: str(value) for key, value in architecture.settings.items()},
         "paper": vars(architecture.paper),
         "notes": list(architecture.notes),
     }
@@ -115,7 +114,4 @@ def _print_one(architecture: Architecture) -> None:
         f"paper: {_number(paper.gmacs, ' GMACs')}, pruned to {_number(paper.pruned_gmacs, ' GMACs')}, "
         f"{_number(paper.speedup, '× on an RTX 3060')}",
     ]
-    if architecture.settings:
-        options = ", ".join(f"{key}={value!r}" for key, value in architecture.settings.items())
-        lines.append(f"prune_filters with: {options}")
     print("\n".join([*lines, *(f"- {note}" for note in architecture.notes)]))

@@ -676,6 +676,8 @@ def _compare_settings(args: argparse.Namespace) -> None:
     # Filled in when the model is looked up.
     now["weights"] = now["weights"] or before.get("weights")
     for name in now:
+        if name == "by_latency" and name not in before and not now[name]:
+            continue  # begun before there was a choice
         if before.get(name) != now[name]:
             raise InvalidInputError(
                 f"{args.output} holds a run with {name}={before.get(name)!r}, now it is {now[name]!r}; go on with "

@@ -197,6 +197,11 @@ def random_inputs(subject: Subject, shape: tuple[int, ...] | None, batch: int = 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             own = subject.factory.example_inputs(batch)
+        if own is None:
+            # What the models of transformers take, one sample or a few.
+            dummy = getattr(subject.model, "dummy_inputs", None)
+            if isinstance(dummy, Mapping) and any(not t.is_floating_point() for _, t in named_tensors(dummy)):
+                own = map_tensors(dict(dummy), lambda t: t[:1].expand(batch, *t.shape[1:]) if t.dim() else t)
         if own is not None:
             return to_model(own, subject.model)
     noise = torch.randn(input_shape(subject, shape, batch), generator=torch.Generator().manual_seed(seed))

@@ -6,8 +6,7 @@ Every entry builds with random weights and needs no network; the libraries are i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +57,6 @@ class Architecture:
         small: a small network of the same classes, in which every kind of coupling of the large one occurs,
             and ``small_inputs`` the inputs of that; for tests.
         loss: one training step's loss, a function of (model in training mode, inputs).
-        settings: keyword arguments for :func:`idap.prune_filters` with which the network reaches
-            ``paper.pruned_gmacs``, such as ``exact=False`` or ``ignore``.
         trace_inputs: smaller inputs on which channels are followed, where the full ones take long; by default
             ``inputs(1)``.
         notes: what was tried and found, a sentence each, for the list of ``idap models``.
@@ -74,7 +71,6 @@ class Architecture:
     small: Callable[[], nn.Module]
     small_inputs: Callable[[int], Inputs]
     loss: Callable[[nn.Module, Inputs], Tensor] = default_loss
-    settings: Mapping[str, Any] = field(default_factory=dict)
     trace_inputs: Callable[[], Inputs] | None = None
     notes: tuple[str, ...] = ()
 

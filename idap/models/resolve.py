@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IdapError, InvalidInputError
-from ..inputs import Inputs
+from ..inputs import Inputs, map_tensors
 
 if TYPE_CHECKING:
     from .architectures import Architecture
@@ -147,7 +147,18 @@ class ModelFactory:
         """Random inputs that an architecture of the paper takes; None for a model that is none of these."""
         library, name = self._parts()
         known = _architectures().get(name) if library == "idap" else None
-        return None if known is None else known.inputs(batch)
+        if known is None:
+            return None
+        size = self.image_size
+
+        def resized(tensor: Tensor) -> Tensor:
+            images = (
+                size is not None and tensor.is_floating_point() and tensor.dim() == 4 and tensor.shape[1] == 3
+            )
+            return torch.randn(*tensor.shape[:2], size, size) if images and size is not None else tensor
+
+        inputs: Inputs = map_tensors(known.inputs(batch), resized)
+        return inputs
 
     def classes(self) -> int | None:
         """How many classes the library's pretrained weights tell apart, if it says so."""

@@ -49,9 +49,7 @@ def pruned(architecture: Architecture, prepare: Callable[[Any, Any], None] | Non
     if prepare is not None:
         prepare(model, example)
     scores = idap.flow_divergence(model, idap.profile(model, [example]))
-    plan = idap.prune_filters(
-        model, scores, example, macs=architecture.paper.share, round_to=4, **architecture.settings
-    )
+    plan = idap.prune_filters(model, scores, example, macs=architecture.paper.share, round_to=4)
     return Pruned(architecture, model, example, plan, plan.apply(model))
 
 

@@ -280,6 +280,21 @@ class Own(Reversed):
         return torch.stack((first, self.branch2(second)), 2).flatten(1, 2)
 
 
+def test_zeros_do_not_make_a_unit_of_two_branches() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stride = 2
+            self.branch1, self.branch2 = (nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in "12")
+            for branch in (self.branch1, self.branch2):
+                nn.init.zeros_(branch[1].weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat((self.branch1(x), self.branch2(x)), 1)
+
+    assert shuffle.find_units(nn.Sequential(Two())) == []
+
+
 def test_a_unit_is_what_computes_the_same() -> None:
     assert shuffle.find_units(nn.Sequential(Reversed(), Own())) == ["1"]
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Own(), nn.ReLU(), Own(), nn.Conv2d(8, 4, 1)).double()

@@ -160,14 +160,14 @@ def test_frozen_batch_norms() -> None:
 def test_macs_are_those_of_all_the_regions_that_may_be_proposed(networks: dict[str, checks.Pruned]) -> None:
     model = copy.deepcopy(networks[FASTER].model)
     noise = torch.rand(1, 3, 64, 96, dtype=torch.float64)
-    model.rpn.nms_thresh, model.rpn.min_size = 0.1, 40
+    model.rpn.nms_thresh, model.rpn.min_size, model.rpn.score_thresh = 0.1, 40, 0.6
     found: list[int] = []
     model.roi_heads.box_head.register_forward_hook(lambda module, args, output: found.append(len(output)))
     counts = {idap.count_macs(model, image) for image in (noise, torch.zeros_like(noise), noise.square())}
     assert found == [50] * 3, "not as many regions as rpn_post_nms_top_n_test"
     assert len(counts) == 1
     checks.outputs(model, noise)
-    assert (model.rpn.nms_thresh, model.rpn.min_size) == (0.1, 40)
+    assert (model.rpn.nms_thresh, model.rpn.min_size, model.rpn.score_thresh) == (0.1, 40, 0.6)
     assert found[-1] < 50, "the count changed the network"
 
 
@@ -269,6 +269,24 @@ def test_the_number_of_detections_is_left_free() -> None:
         model.form = other.form = form
         with pytest.raises(SurgeryError, match="output"):
             plans.check_forward(model, other, x)
+
+
+def test_boxes_of_a_detector_that_is_not_known_are_compared() -> None:
+    """Nothing else stands for them, so that they must not be left out of a proof or a drift."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 20)
+
+        def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+            rows = self.second(self.first(x).softmax(-1)).view(-1, 4, 5)
+            return [{"boxes": own[:, :4], "scores": own[:, 4]} for own in rows]
+
+    model, x = Queries().double(), torch.randn(2, 8, dtype=torch.float64)
+    plan = idap.prune_filters(model, scores_of(model), x, ratio=0.5, round_to=1, exact=False)
+    assert plan.exactness_error(model, x) > 1e-3
+    assert idap.drift(model, Queries().double(), [x]) > 1e-3
 
 
 def test_drift_of_a_detector(networks: dict[str, checks.Pruned]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pruning_networks import SMALL, randomise, relative_error, scores_of, zeroed_outputs
-from torch import nn
+from torch import Tensor, nn
 
 from idap import inputs
 from idap.complexity import count_macs, count_params
@@ -124,6 +124,41 @@ def test_trunks_under_a_norm_give_what_norming_over_the_kept_channels_gives() ->
             kinds = {removal.kind for step in plan.steps for removal in step.removals}
             assert kinds & {"layernorm", "groupnorm"}
             assert not [skip for skip in plan.skipped if "output of the model" not in skip.reason]
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 64, 1), norm, nn.Conv2d(64, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(
+            self.norm(x=self.first(x)) if "Act" in type(self.norm).__name__ else self.norm(self.first(x))
+        )
+
+
+def test_norms_that_do_more_than_norm() -> None:
+    layers = pytest.importorskip("timm").layers
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    norms = [layers.GroupNormAct(64, 8), layers.GroupNorm1Act(64), layers.LayerNormAct2d(64)]
+    for norm in [*norms, layers.LayerNorm2d(64, affine=False)]:
+        model = randomise(Normed(norm), x).eval()
+        plan = prune_filters(model, scores_of(model), x, ratio=0.5, exact=False)
+        assert plan.steps, plan.skipped
+        assert plan.exactness_error(model, x) <= LIMIT
+
+
+def test_the_width_under_an_rms_norm() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.RMSNorm(32), nn.Linear(32, 4)).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    plan = prune_filters(model, scores_of(model), x, ratio=0.5, exact=False)
+    pruned = plan.apply(model, x)
+    kept = [i for i in range(32) if i not in plan.steps[0].removals[0].removed]
+    hidden = model[0](x)[:, kept]
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+    wanted = (hidden * model[1].weight[kept]) @ model[2].weight[:, kept].T + model[2].bias
+    assert len(kept) == 16
+    assert relative_error([wanted.detach()], [pruned(x).detach()]) <= LIMIT
 
 
 def test_densenet121_is_decided_in_seconds() -> None:

@@ -402,9 +402,13 @@ def test_what_takes_long_goes_first_when_ranked_by_time() -> None:
     # A slow layer is read by one group and made by another: both go before the third.
     assert build("0") == {"0": 12}
     assert build("3") == {"2": 12}
-    for wrong, message in (({"0": -1.0}, "milliseconds"), ([1.0], "mapping")):
+    model = Residual()
+    name = next(name for name, _ in model.named_children())
+    for wrong, message in (({name: -1.0}, "milliseconds"), ([1.0], "mapping"), ({"nope": 1.0}, "'nope'")):
         with pytest.raises(InvalidInputError, match=message):
-            prune_filters(Residual(), scores_of(Residual()), X, ratio=0.25, times=wrong)
+            prune_filters(model, scores_of(model), X, ratio=0.25, times=wrong)
+    with pytest.raises(InvalidInputError, match="local"):
+        prune_filters(model, scores_of(model), X, ratio=0.25, times={name: 1.0}, scope="local")
 
 
 def test_the_model_is_only_read() -> None:

@@ -124,3 +124,12 @@ def test_attention_is_counted_in_evaluation_mode_too() -> None:
     enabled = torch.backends.mha.get_fastpath_enabled()
     assert complexity.count_macs(layer, torch.randn(1, tokens, width)) == projections + scores
     assert torch.backends.mha.get_fastpath_enabled() == enabled
+
+
+def test_lists_of_images_are_batches_and_lists_of_features_are_not():
+    pictures = [torch.zeros(3, 32, 40), torch.zeros(3, 24, 48)]
+    assert inputs.images_of((pictures,)) is pictures
+    assert inputs.batch_size_of((pictures,)) == 2
+    features = [torch.zeros(3, 7, 6)] * 2
+    assert inputs.images_of((features,)) is None
+    assert inputs.batch_size_of((features,)) == 3

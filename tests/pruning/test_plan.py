@@ -389,3 +389,18 @@ def test_meta_models_can_be_pruned_for_their_shapes() -> None:
         model = Residual()
     pruned = plan.apply(model)
     assert sum(p.numel() for p in pruned.parameters()) == plan.after.params
+
+
+def test_plans_that_an_older_reader_would_take_for_another_are_of_the_second_version():
+    plain = BlockRemoval("a", "Conv2d")
+    for removal, version in (
+        (plain, 1),
+        (replace(plain, cut=True), 2),
+        (replace(plain, followers=(("b", "ReLU"),)), 2),
+        (ChannelRemoval("a", "conv_out", 4, (1,)), 1),
+        (ChannelRemoval("a", "shuffle", 4, (1,)), 2),
+    ):
+        kind = BlockStep if isinstance(removal, BlockRemoval) else ChannelStep
+        plan = PruningPlan("M", (kind((removal,)),))
+        assert plan.to_dict()["version"] == version
+        assert PruningPlan.from_dict(plan.to_dict()) == plan
