@@ -372,13 +372,16 @@ class Row:
             scores = idap.flow_divergence(self.narrow, profile)
             divergences |= block_filter_divergence(self.narrow, scores, projected)
         count = min(len(blocks), wanted)
-        self.cut, deciding = self.timed(
-            lambda: idap.truncate_layers(
+
+        def without(count: int) -> tuple[PruningPlan, nn.Module, dict[str, float]]:
+            cut = idap.truncate_layers(
                 self.narrow, divergences, self.example, count=count, projections=project
             )
-        )
-        self.short = self.cut.apply(self.narrow, self.example)
-        residuals = idap.fit_projections(self.narrow, self.short, self.cut, [batch])
+            short = cut.apply(self.narrow, self.example)
+            return cut, short, idap.fit_projections(self.narrow, short, cut, [batch])
+
+        (self.cut, self.short, residuals), deciding = self.timed(lambda: without(count))
+        self.without, self.removable = without, len(blocks)
         return {
             "removable": len(blocks),
             "removable_at_start": at_start,
@@ -482,6 +485,7 @@ class Row:
             warmup = max(1, min(10, runs // 5))
         modes: dict[str, Any] = {}
         modes["eager"] = self.compared(models, warmup, runs)
+        modes["eager"] |= self.deeper(modes["eager"], warmup, runs)
         if self.device == "cuda":
             wraps: dict[str, Callable[[nn.Module], Any]] = {
                 "compile": torch.compile,
@@ -493,6 +497,21 @@ class Row:
                 except Exception as error:
                     modes[mode] = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
         return {"warmup": warmup, "runs": runs, "modes": modes}
+
+    def deeper(self, found: dict[str, Any], warmup: int, runs: int) -> dict[str, Any]:
+        """With as many more blocks gone as the paper's ratio takes, if it is not reached yet; at most all of them."""
+        wanted = self.of.paper.speedup
+        if wanted is None or found["layers"]["speedup"] >= wanted or not hasattr(self, "without"):
+            return {}
+        for count in range(len(self.cut.removed_blocks) + 1, self.removable + 1):
+            cut, model, _ = self.without(count)
+            quick = self.compared({"base": self.base, "deep": model}, 2, max(5, runs // 4))
+            if quick["deep"]["speedup"] >= 1.03 * wanted or count == self.removable:
+                break
+        else:
+            return {}
+        deep = self.compared({"base": self.base, "deep": model}, warmup, runs)["deep"]
+        return {"deep": {**deep, **self.measure(model), "removed": list(cut.removed_blocks)}}
 
     def compared(self, models: dict[str, nn.Module], warmup: int, runs: int) -> dict[str, Any]:
         with ExitStack() as stack:
