@@ -348,10 +348,6 @@ def _layer_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, F
             raise InvalidInputError(
                 f"scores: {name!r} is a {type(module).__name__}; wanted convolutions and linear layers"
             )
-        if len(values) != out_width(module):
-            raise InvalidInputError(
-                f"scores[{name!r}]: got {len(values)} numbers, wanted {out_width(module)}, one an output channel"
-            )
         found[name] = values
     if not found:
         raise InvalidInputError(
