@@ -89,12 +89,7 @@ def compare_latency(
     """
     if not models:
         raise InvalidInputError("got no model to time; pass {'name': model, ...}")
-    if warmup < 0:
-        raise InvalidInputError(f"warmup must be at least 0, got {warmup}")
-    if runs < 1:
-        raise InvalidInputError(f"runs must be at least 1, got {runs}")
-    if threads is not None and threads < 1:
-        raise InvalidInputError(f"threads must be at least 1, got {threads}")
+    _check_counts(warmup, runs, threads)
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
@@ -152,12 +147,7 @@ def layer_times(
     Raises:
         InvalidInputError: ``warmup``, ``runs`` or ``threads`` is out of range.
     """
-    if warmup < 0:
-        raise InvalidInputError(f"warmup must be at least 0, got {warmup}")
-    if runs < 1:
-        raise InvalidInputError(f"runs must be at least 1, got {runs}")
-    if threads is not None and threads < 1:
-        raise InvalidInputError(f"threads must be at least 1, got {threads}")
+    _check_counts(warmup, runs, threads)
     device = _device(model)
     inputs = to_device(example_inputs, device)
     names = {module: name for name, module in model.named_modules()}
@@ -198,6 +188,15 @@ def layer_times(
                 handle.remove()
     rounds = rounds[warmup:]
     return {name: max(0.0, _quantile([own.get(name, 0.0) for own in rounds], 0.5)) for name in rounds[0]}
+
+
+def _check_counts(warmup: int, runs: int, threads: int | None) -> None:
+    if warmup < 0:
+        raise InvalidInputError(f"warmup must be at least 0, got {warmup}")
+    if runs < 1:
+        raise InvalidInputError(f"runs must be at least 1, got {runs}")
+    if threads is not None and threads < 1:
+        raise InvalidInputError(f"threads must be at least 1, got {threads}")
 
 
 def _stopwatch(model: nn.Module, example_inputs: Any) -> Callable[[], float]:
