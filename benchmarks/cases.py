@@ -54,16 +54,27 @@ _MAPS = [
 _TOKENS = [(32, 197, 768), (8, 512, 3072)]
 _GPU_MAPS = [(256, 64, 112, 112), (64, 1024, 14, 14), (64, 2048, 7, 7)]
 _GPU_TOKENS = [(16, 4096, 4096)]
+# 8 MB in either dtype: the batch is that of float32, and twice it for halves.
+_GPU_8MB_MAPS = [(10, 64, 56, 56), (10, 1024, 14, 14), (20, 2048, 7, 7)]
+_GPU_8MB_TOKENS = [(13, 197, 768)]
 
 
 def grid(device: str) -> list[Case]:
-    """Every case for a device; a GPU gets larger maps as well."""
-    maps, tokens = list(_MAPS), list(_TOKENS)
-    if device == "cuda":
-        maps, tokens = maps + _GPU_MAPS, tokens + _GPU_TOKENS
+    """Every case for a device; a GPU gets larger maps, and some of 8 MB, as well."""
     cases = []
     for dtype in ("float32", "bfloat16"):
+        maps: list[tuple[int, ...]] = list(_MAPS)
+        tokens: list[tuple[int, ...]] = list(_TOKENS)
+        if device == "cuda":
+            scale = 4 // DTYPES[dtype].itemsize
+            maps += [*_GPU_MAPS, *((scale * b, *rest) for b, *rest in _GPU_8MB_MAPS)]
+            tokens += [*_GPU_TOKENS, *((scale * b, *rest) for b, *rest in _GPU_8MB_TOKENS)]
         for layout in ("contiguous", "channels_last"):
             cases += [Case(shape, layout, dtype) for shape in maps]
         cases += [Case(shape, "tokens", dtype) for shape in tokens]
     return cases
+
+
+def copies(nbytes: int, cache: int) -> int:
+    """Copies of ``nbytes`` each that, used in turns, find nothing of themselves in a cache of that size."""
+    return max(1, min(1024, -(-4 * cache // nbytes)))

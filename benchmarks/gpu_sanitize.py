@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from idap_kernels import channel_stats, filter_norms, pair_stats
+from idap_kernels import bn_act_stats, channel_stats, filter_norms, pair_stats
 
 MAPS: list[tuple[tuple[int, ...], int]] = [
     ((5, 37, 7, 7), 1),  # rows
@@ -37,6 +37,22 @@ def main() -> None:
                 assert stats is not None
                 error = (stats.state.cpu() - exact).abs() / exact.abs().amax(dim=1, keepdim=True).clamp_min(1)
                 worst = max(worst, error.max().item())
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            x = torch.randn(shape, dtype=torch.float64).to(dtype)
+            norm = torch.randn(4, shape[channel_dim])
+            norm[1] = norm[1].square() + 0.1
+            for act in ("relu", "hardswish"):
+                (y, ours), (exact_y, wanted) = (
+                    bn_act_stats(
+                        x.to(device), *norm.to(device), act=act, channel_dim=channel_dim, backend=backend
+                    )
+                    for device, backend in (("cuda", "cuda"), ("cpu", "reference"))
+                )
+                error = (y.cpu().double() - exact_y.double()).abs() / (1 + exact_y.double().abs())
+                worst = max(worst, error.max().item() - torch.finfo(dtype).eps)
+                error = (ours.state.cpu() - wanted.state).abs()
+                scale = wanted.state.abs().amax(dim=1, keepdim=True).clamp_min(1)
+                worst = max(worst, (error / scale).max().item())
     for shape, per in (((3, 5, 9, 7), "sample"), ((2, 60000), "sample"), ((3, 5, 64), "token")):
         x, y = torch.randn(2, *shape)
         got = pair_stats(x.cuda(), y.cuda(), per=per, backend="cuda").state.cpu()

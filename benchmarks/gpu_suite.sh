@@ -1,12 +1,34 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build, tests, compute-sanitizer, benchmarks.
+# Everything that needs a GPU, in one command: build, tests, compute-sanitizer, benchmarks; then every target beside
+# what was measured.
 #
-#   benchmarks/gpu_suite.sh [step ...]     steps: build tests sanitize kernels profile latency scoring (default: these)
-#                                          and models, pruning, which go on from what they left in OUT
+#   benchmarks/gpu_suite.sh [step ...]
+#
+#   build          the extensions, for the GPU that is here; skipped where they are built of these sources. Every
+#                  other step that finds them missing builds them first
+#   counters       bytes read from memory, by hardware counters: counters.json
+#   profile        a profile of ResNet-50 over its forward pass: profile.json
+#   tests          the tests that need a GPU
+#   kernels        channel_stats and the cost of a call: kernels.json
+#   kernels-more   bn_act_stats, filter_norms, pair_stats: kernels-more.json
+#   latency        batch-1 latency of ResNet-50, as it is and pruned: latency.json
+#   sanitize       memcheck, racecheck, initcheck
+#   scoring        time of scores in other pruners: scoring.json
+#   models, pruning   only when asked for; they go on from what they left in OUT
 #
 #   OUT     folder of the results          (default: benchmarks/results/gpu)
 #   WHEELS  folder of wheels to use first  (default: .whl; nothing is fetched from a network)
 #   PYTHON  the interpreter                (default: python3)
+#   BUDGET  seconds for the whole call     (default: none; a step that does not begin in time is skipped)
+#   COMMIT  what the results are of        (where there is no git)
+#   STAMP   file that says of which sources the extensions are  (default: build/gpu_suite.sources)
+#
+# Where a command may last ten minutes only, three calls; on one machine the later ones find the extensions built:
+#
+#   BUDGET=580 benchmarks/gpu_suite.sh build counters profile tests
+#   BUDGET=580 benchmarks/gpu_suite.sh kernels latency
+#   BUDGET=580 benchmarks/gpu_suite.sh kernels-more sanitize scoring
+#   python benchmarks/bars.py FOLDER ...   the targets, of the results of several calls
 #
 # A step that fails does not stop the others. Exit code: 0, every step that was asked for ran and passed;
 # 1, at least one failed; 3, nothing could run. It writes at most 8 small files into OUT.
@@ -16,8 +38,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT=${OUT:-benchmarks/results/gpu}
 WHEELS=${WHEELS:-.whl}
 PYTHON=${PYTHON:-python3}
+BUDGET=${BUDGET:-}
+STAMP=${STAMP:-build/gpu_suite.sources}
 STEPS=("$@")
-[ ${#STEPS[@]} -eq 0 ] && STEPS=(build tests sanitize kernels profile latency scoring)
+[ ${#STEPS[@]} -eq 0 ] && STEPS=(build counters profile tests kernels kernels-more latency sanitize scoring)
 mkdir -p "$OUT" || exit 1
 LOG=$OUT/suite.log
 : >"$LOG"
@@ -30,9 +54,19 @@ note() { # step, outcome, seconds
   printf '== %s: %s (%s s)\n' "$1" "$2" "$3" | tee -a "$LOG"
 }
 
+least() { # of a time limit in seconds and what is left of the budget
+  local left=$((BUDGET - SECONDS))
+  if [ -n "$BUDGET" ] && [ "$left" -lt "$1" ]; then echo "$left"; else echo "$1"; fi
+}
+
 step() { # name, time limit in seconds, command ...
-  local name=$1 limit=$2 begin=$SECONDS code
+  local name=$1 limit begin=$SECONDS code
+  limit=$(least "$2")
   shift 2
+  if [ "$limit" -lt 20 ]; then
+    note "$name" "skipped: no time left" 0
+    return 1
+  fi
   printf '== %s: %s\n' "$name" "$*" | tee -a "$LOG"
   timeout "$limit" "$@" 2>&1 | tail -n 4000 | tee -a "$LOG"
   code=${PIPESTATUS[0]}
@@ -42,12 +76,33 @@ step() { # name, time limit in seconds, command ...
   return "$code"
 }
 
-bench() { # name, script
-  if [ -f "benchmarks/$2" ]; then
-    step "$1" 560 "$PYTHON" "benchmarks/$2" --device cuda --json "$OUT/$1.json"
-  else
-    note "$1" "skipped: benchmarks/$2 is not there" 0
+bench() { # name, time limit in seconds, script, arguments ...
+  local name=$1 limit=$2 script=$3
+  shift 3
+  step "$name" "$limit" "$PYTHON" "benchmarks/$script" --device cuda --json "$OUT/$name.json" "$@"
+}
+
+sources() { # a fingerprint of what the extensions are built of
+  find csrc setup.py build_backend.py -type f | sort | xargs sha256sum | sha256sum
+}
+
+# Tests skip themselves where the kernels are unavailable: here that is a failure.
+HAVE_CUDA=("$PYTHON" -c 'import sys, idap_kernels; sys.exit(idap_kernels.available_backends()["cuda"])')
+
+built=""
+build() {
+  [ -n "$built" ] && return
+  built=yes
+  local archs now
+  now=$(sources)
+  if [ "$(cat "$STAMP" 2>/dev/null)" = "$now" ] && "${HAVE_CUDA[@]}" >/dev/null 2>&1; then
+    note build "ok, as it was" 0
+    return
   fi
+  archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr '\n' ' ')
+  IDAP_CUDA=1 IDAP_CUDA_ARCHS=${IDAP_CUDA_ARCHS:-$archs} step build 400 \
+    "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
+  step backend 60 "${HAVE_CUDA[@]}" && mkdir -p "$(dirname "$STAMP")" && echo "$now" >"$STAMP"
 }
 
 no_gpu=""
@@ -67,16 +122,21 @@ for name in "${STEPS[@]}"; do
     note "$name" "skipped: $no_gpu" 0
     continue
   fi
+  build
   case $name in
-    build)
-      IDAP_CUDA=1 step build 580 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
-      # Tests skip themselves where the kernels are unavailable: here that is a failure.
-      step backend 60 "$PYTHON" -c 'import sys, idap_kernels; sys.exit(idap_kernels.available_backends()["cuda"])'
-      ;;
+    build) ;;
+    counters) bench counters 270 gpu_counters.py ;;
+    profile) bench profile 300 bench_profile.py ;;
     tests)
-      step tests 580 "$PYTHON" -m pytest -q -rs -p no:cacheprovider \
-        tests/kernels/test_cuda_gpu.py tests/kernels/test_triton.py -k gpu
+      step tests 400 "$PYTHON" -m pytest -q -rs -p no:cacheprovider -k gpu \
+        tests/kernels tests/pruning/test_cuda_graph.py tests/pruning/test_fusion.py
       ;;
+    kernels) bench kernels 560 bench_kernels.py --ops launch,channel_stats --limit $(($(least 560) - 40)) ;;
+    kernels-more)
+      bench kernels-more 560 bench_kernels.py --ops filter_norms,bn_act_stats,pair_stats \
+        --limit $(($(least 560) - 40))
+      ;;
+    latency) bench latency 300 bench_latency.py ;;
     sanitize)
       sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
       if [ ! -x "$sanitizer" ]; then
@@ -85,14 +145,11 @@ for name in "${STEPS[@]}"; do
       fi
       for tool in memcheck racecheck initcheck; do
         # Without its cache, each tensor of torch is an allocation of its own with its own bounds.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 300 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 200 "$sanitizer" --tool "$tool" --error-exitcode 9 \
           "$PYTHON" benchmarks/gpu_sanitize.py
       done
       ;;
-    kernels) bench kernels bench_kernels.py ;;
-    profile) bench profile bench_profile.py ;;
-    latency) bench latency bench_latency.py ;;
-    scoring) bench scoring bench_scoring.py ;;
+    scoring) bench scoring 560 bench_scoring.py ;;
     models)
       # Row after row, each in a process of its own; the ones that are there are kept.
       step models 590 "$PYTHON" benchmarks/bench_models.py --device cuda --jsonl "$OUT/models.jsonl" --limit 240 \
@@ -108,8 +165,11 @@ for name in "${STEPS[@]}"; do
 done
 
 tail -c 4000000 "$LOG" >"$LOG.tail" && mv "$LOG.tail" "$LOG"
-RECORD=$RECORD "$PYTHON" - "$OUT/suite.json" <<'PYTHON_END'
+RECORD=$RECORD "$PYTHON" - "$OUT" <<'PYTHON_END'
 import json, os, platform, subprocess, sys
+
+sys.path.insert(0, "benchmarks")
+import bars
 
 
 def line(*command):
@@ -145,11 +205,17 @@ result = {
     "nvcc": nvcc,
     "python": platform.python_version(),
     "packages": {n: version(n) for n in ("torch", "triton", "torchvision", "timm", "idap")},
-    "commit": line("git", "rev-parse", "HEAD"),
+    "commit": line("git", "rev-parse", "HEAD") or os.environ.get("COMMIT"),
     "steps": [{"step": s, "outcome": o, "seconds": int(t)} for s, o, t in rows],
 }
-with open(sys.argv[1], "w", encoding="utf-8") as f:
-    json.dump(result, f, indent=2)
+try:
+    result["bars"] = bars.evaluate(bars.load([sys.argv[1]]))
+    print(f"\n{bars.text(result['bars'])}")
+except (KeyError, ValueError) as error:
+    result["bars"] = f"not made: {type(error).__name__}: {error}"
+    print(result["bars"])
+with open(os.path.join(sys.argv[1], "suite.json"), "w", encoding="utf-8") as f:
+    json.dump(result, f, indent=2, ensure_ascii=False)
     f.write("\n")
 PYTHON_END
 
@@ -157,5 +223,5 @@ echo
 echo "summary ($OUT)"
 awk -F'\t' '{ printf "  %-12s %s\n", $1, $2 }' "$RECORD"
 if grep -q $'\tfailed' "$RECORD"; then exit 1; fi
-if ! grep -q $'\tok\t' "$RECORD"; then exit 3; fi
+if ! grep -q $'\tok' "$RECORD"; then exit 3; fi
 exit 0

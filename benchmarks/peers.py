@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,6 +39,21 @@ def released_expression(x: Tensor, channel_dim: int = 1) -> Tensor:
     """The activation term of the method's released code, and nothing else: mean_b ‖relu(x_b)‖₂ (C,)."""
     positions = tuple(d for d in range(1, x.dim()) if d != channel_dim)
     return torch.linalg.vector_norm(x.relu(), dim=positions).mean(0)
+
+
+def eager_bn_act(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, channel_dim: int = 1
+) -> Tensor:
+    """What a network runs behind a convolution: batch norm in evaluation mode, then ReLU in place."""
+    flat = x if channel_dim == 1 else x.flatten(0, -2)  # tokens (B, T, C), as rows of channels
+    return F.batch_norm(flat, mean, var, weight, bias).relu_().view_as(x)
+
+
+def eager_bn_act_stats(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, channel_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The same, and the statistics of ``x`` (11, C)."""
+    return eager_bn_act(x, mean, var, weight, bias, channel_dim), eager_channel_stats(x, channel_dim)
 
 
 def eager_pair_stats(x: Tensor, y: Tensor) -> Tensor:

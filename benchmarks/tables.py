@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # where this file is loaded by its path
+import bars  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
+GPU_RESULTS = RESULTS / "gpu"
+NOT_MEASURED = "Not measured yet; `{}` measures it."
 
 
 def load(name: str) -> dict[str, Any]:
@@ -40,11 +45,9 @@ def kernels(name: str) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["ops"]["channel_stats"]:
-        shape, layout, dtype = row["case"].rsplit("-", 2)
-        label = f"{shape.replace('x', '×')} {layout.replace('_', '-')} {dtype}"
         speed = row["speedup"]
         lines.append(
-            f"| {label} | {row['times']['idap']['median_us'] / 1e3:.2f} ms | {row['gb_per_s']:.1f} | "
+            f"| {_case_label(row)} | {row['times']['idap']['median_us'] / 1e3:.2f} ms | {row['gb_per_s']:.1f} | "
             f"{100 * row['share_of_ceiling']:.0f} % | {speed['eager']:.1f}× | {speed['compile']:.2f}× | "
             f"{speed['released']:.2f}× |"
         )
@@ -66,6 +69,135 @@ def kernels(name: str) -> str:
 
 
 PEERS = (("eager", 1), ("compile", 2), ("released", 2))
+
+
+FUSED_PEERS = ("forward", "separate", "compile")
+
+
+def bn_act_stats(name: str) -> str:
+    result = load(name)
+    rows = result["ops"].get("bn_act_stats")
+    if not rows:
+        return NOT_MEASURED.format("python benchmarks/bench_kernels.py --ops bn_act_stats")
+    lines = [
+        f"{machine(result['environment'])}; median times; bytes read and written.",
+        "",
+        "| `bn_act_stats` on | time | GB/s | of ceiling | batch norm and ReLU alone | and `channel_stats` | compile |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = [_ratio(row["speedup"].get(peer)) for peer in FUSED_PEERS]
+        lines.append(
+            f"| {_case_label(row)} | {row['times']['idap']['median_us'] / 1e3:.2f} ms | {row['gb_per_s']:.1f} | "
+            f"{100 * row['share_of_ceiling']:.0f} % | {' | '.join(cells)} |"
+        )
+    found = [result["summary"].get(f"bn_act_stats/{peer}", {}) for peer in FUSED_PEERS]
+    means = [_ratio(values.get("geomean")) for values in found]
+    lines.append(f"| **geometric mean** | | | | {' | '.join(f'**{text}**' for text in means)} |")
+    lines.append(f"| worst case | | | | {' | '.join(_ratio(values.get('worst')) for values in found)} |")
+    lines += [
+        "",
+        "Ceiling: a copy of the map into memory that is there already. The others: time of eager batch norm and ReLU "
+        "in place, without and with our `channel_stats` of the same map, and of both with the same statistics under "
+        "`torch.compile`, over ours. Results are written to memory that the process has already"
+        + _in_fresh_memory([row["fresh_memory"] for row in rows if "fresh_memory" in row]),
+    ]
+    return "\n".join(lines)
+
+
+def _in_fresh_memory(times: list[dict[str, float]]) -> str:
+    if not times:
+        return "."
+    means = [
+        statistics.geometric_mean(t[peer] / t["idap"] for t in times) for peer in ("forward", "separate")
+    ]
+    return (
+        "; where every result of more than 32 MB gets new pages from the system, as by default on Linux, their cost is "
+        f"in all of them, and the means of the first two are {means[0]:.2f}× and {means[1]:.2f}×."
+    )
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def _case_label(row: dict[str, Any]) -> str:
+    shape, layout, dtype = row["case"].rsplit("-", 2)
+    return f"{shape.replace('x', '×')} {layout.replace('_', '-')} {dtype}"
+
+
+def gpu_results() -> bars.Results:
+    """What the suite left, all of one GPU; empty before it ran on one."""
+    return bars.load([GPU_RESULTS])
+
+
+def gpu_machine(results: bars.Results) -> str:
+    environment = next(iter(results.values()))["environment"]
+    return ", ".join(
+        f"{label}{environment[key]}"
+        for key, label in (("gpu", ""), ("driver", "driver "), ("torch", "torch "), ("date", ""))
+        if environment.get(key)
+    )
+
+
+def gpu_bars(_: str) -> str:
+    results = gpu_results()
+    lines = [gpu_machine(results) + ".", ""] if results else []
+    lines += ["| on one GPU, in one run | target | measured | |", "|---|--:|--:|---|"]
+    for row in bars.evaluate(results):
+        verdict = "" if row["verdict"] == "not measured" else row["verdict"]
+        lines.append(f"| {row['bar']} | {row['target']} | {row['measured']} | {verdict} |")
+    return "\n".join(lines)
+
+
+GPU_PEERS = {
+    "channel_stats": ("eager", "compile", "released", "triton"),
+    "bn_act_stats": ("forward", "separate", "compile", "triton"),
+    "pair_stats": ("eager", "compile", "triton"),
+    "filter_norms": ("eager", "compile", "triton"),
+}
+
+
+def gpu_kernels(_: str) -> str:
+    results = gpu_results()
+    if "kernels" not in results:
+        return NOT_MEASURED.format("benchmarks/gpu_suite.sh kernels kernels-more")
+    lines = [
+        f"{gpu_machine(results)}; median times of the GPU's work, maps from its memory. Of a copy: share of the rate, "
+        "in bytes read and written, of a copy within that memory. The others: their time over ours."
+    ]
+    for op, peers in GPU_PEERS.items():
+        rows = results["kernels"]["ops"].get(op)
+        if rows:
+            lines += ["", f"| `{op}` on | time | GB/s | of a copy | {' | '.join(peers)} |"]
+            lines.append("|---|--:|--:|--:|" + "--:|" * len(peers))
+        for row in rows or ():
+            label = _case_label(row) if row["case"].count("-") > 1 else row["case"]
+            cells = [_ratio(row["speedup"].get(peer)) for peer in peers]
+            lines.append(
+                f"| {label} | {row['times']['idap']['median_us']:.1f} µs | {row['gb_per_s']:.0f} | "
+                f"{100 * row['share_of_ceiling']:.0f} % | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines)
+
+
+def gpu_profile(_: str) -> str:
+    results = gpu_results()
+    if "profile" not in results:
+        return NOT_MEASURED.format("benchmarks/gpu_suite.sh profile")
+    result = results["profile"]
+    lines = [
+        f"{gpu_machine({'profile': result})}; a pass over {result['batches']} batches of {result['batch']}."
+    ]
+    for precision, measured in (("float32", result), ("convolutions in TF32", result.get("tf32"))):
+        if measured:
+            lines += [
+                "",
+                f"| ResNet-50, {precision} | time (p10–p90) | over the forward pass |",
+                "|---|--:|--:|",
+            ]
+            lines += _profile_rows(measured, result["layers"], 1)
+    return "\n".join(lines)
 
 
 def kernels_summary(name: str) -> str:
@@ -127,30 +259,37 @@ def kernel_costs(name: str) -> str:
 
 def profile(name: str) -> str:
     result = load(name)
-    rows = {
-        "forward": "forward pass alone",
-        "profile": f"with all {result['layers']} convolutions profiled",
-        "profile_with_blocks": "with convolutions and removable blocks profiled",
-        "eager_hooks": "with the same statistics from eager hooks",
-    }
+    batches = result.get("batches", 1)
     lines = [
-        "| ResNet-50, batch " + str(result["batch"]) + " | time (p10–p90) | over the forward pass |",
+        f"| ResNet-50, {batches} batch{'es' * (batches > 1)} of {result['batch']} | time (p10–p90) | over the "
+        "forward pass |",
         "|---|--:|--:|",
-    ]
-    for key, label in rows.items():
-        extra = result["overhead"].get(key)
-        t = result["times"][key]
-        lines.append(
-            f"| {label} | {t['median_us'] / 1e3:.0f} ms ({t['p10_us'] / 1e3:.0f}–{t['p90_us'] / 1e3:.0f}) | "
-            f"{'' if extra is None else f'{100 * extra:+.1f} %'} |"
-        )
-    lines += [
+        *_profile_rows(result, result["layers"], 0),
         "",
-        "One batch; over the forward pass: the median of the rounds' ratios. The machine's own spread (p10–p90 in "
-        "brackets) is larger than the cost of the convolutions' statistics. Blocks cost most in their first batch, "
-        "whose inputs are copied to see which blocks write into theirs.",
+        "Over the forward pass: the median of the rounds' ratios; the machine's own spread (p10–p90) in brackets. "
+        "Blocks cost most in their first batch, whose inputs are copied to see which blocks write into theirs.",
     ]
     return "\n".join(lines)
+
+
+def _profile_rows(result: dict[str, Any], layers: int, digits: int) -> list[str]:
+    labels = {
+        "forward": "forward pass alone",
+        "profile": f"with all {layers} convolutions profiled, nothing fused",
+        "profile_fused": "and their batch norms and activations run in the same pass",
+        "profile_with_blocks": "with convolutions and removable blocks profiled",
+        "eager_hooks": "with the same statistics from eager hooks",
+        "forward_graph": "forward pass alone, as a replayed CUDA graph",
+        "profile_graph": "with all convolutions profiled, fused, captured and replayed as a CUDA graph",
+    }
+    lines = []
+    for key, label in labels.items():
+        t, extra = result["times"].get(key), result["overhead"].get(key)
+        if t is not None:
+            low, middle, high = (f"{t[k] / 1e3:.{digits}f}" for k in ("p10_us", "median_us", "p90_us"))
+            over = "" if extra is None else f"{100 * extra:+.1f} %"
+            lines.append(f"| {label} | {middle} ms ({low}–{high}) | {over} |")
+    return lines
 
 
 def latency(name: str) -> str:
@@ -702,6 +841,10 @@ TABLES: dict[str, dict[str, Callable[[str], str]]] = {
     "examples/README.md": {"kernel-costs-cpu": kernel_costs},
     "benchmarks/RESULTS.md": {
         "kernels-cpu": kernels,
+        "bn-act-stats-cpu": bn_act_stats,
+        "bars-gpu": gpu_bars,
+        "kernels-gpu": gpu_kernels,
+        "profile-gpu": gpu_profile,
         "pruning-criteria": pruning_criteria,
         "pruning-sets": pruning_sets,
         "pruning-oneshot": pruning_oneshot,

@@ -80,15 +80,41 @@ View view_of(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple&
   return v;
 }
 
-void channel_stats(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple& strides,
-                   int channel_dim, int sample_dim, int activation, bool accumulate,
-                   uintptr_t state, int threads) {
-  const View v = view_of(data, dtype, sizes, strides, channel_dim, sample_dim);
+void run_channel_stats(const View& v, int activation, bool accumulate, uintptr_t state, int threads,
+                       const NormAct* norm_act) {
   const Kernels& k = kernels();
   py::gil_scoped_release release;
   double* memory = scratch(k.channel_stats_scratch(v));
   k.channel_stats(v, static_cast<Activation>(activation), accumulate, memory,
-                  reinterpret_cast<double*>(state), threads);
+                  reinterpret_cast<double*>(state), threads, norm_act);
+}
+
+void channel_stats(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple& strides,
+                   int channel_dim, int sample_dim, int activation, bool accumulate,
+                   uintptr_t state, int threads) {
+  const View v = view_of(data, dtype, sizes, strides, channel_dim, sample_dim);
+  run_channel_stats(v, activation, accumulate, state, threads, nullptr);
+}
+
+// weight and bias may be 0: ones and zeros.
+void bn_act_stats(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple& strides,
+                  int channel_dim, int sample_dim, int activation, bool accumulate, uintptr_t state,
+                  int threads, uintptr_t y, int act, int norm_dtype, uintptr_t mean, uintptr_t var,
+                  uintptr_t weight, uintptr_t bias, double eps) {
+  const View v = view_of(data, dtype, sizes, strides, channel_dim, sample_dim);
+  if (norm_dtype < 0 || norm_dtype > 3) throw py::value_error("unknown dtype code");
+  if (act < 0 || act > 5) throw py::value_error("unknown activation code");
+  if (y == 0 || mean == 0 || var == 0) throw py::value_error("the tensor has no memory");
+  NormAct n;
+  n.y = reinterpret_cast<void*>(y);
+  n.act = static_cast<Activation>(act);
+  n.dtype = static_cast<DType>(norm_dtype);
+  n.mean = reinterpret_cast<const void*>(mean);
+  n.var = reinterpret_cast<const void*>(var);
+  n.weight = reinterpret_cast<const void*>(weight);
+  n.bias = reinterpret_cast<const void*>(bias);
+  n.eps = eps;
+  run_channel_stats(v, activation, accumulate, state, threads, &n);
 }
 
 // The first `row_dims` dimensions are rows, the others are reduced.
@@ -158,6 +184,7 @@ void filter_norms(const py::list& table, int threads) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of idap_kernels; use the functions of idap_kernels instead.";
   m.def("channel_stats", &channel_stats);
+  m.def("bn_act_stats", &bn_act_stats);
   m.def("pair_stats", &pair_stats);
   m.def("filter_norms", &filter_norms);
   m.def("read_memory", [](uintptr_t data, size_t bytes, int threads) {

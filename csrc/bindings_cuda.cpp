@@ -100,6 +100,34 @@ py::object channel_stats(uintptr_t data, int dtype, const py::tuple& sizes,
   return wanted;
 }
 
+py::object bn_act_stats(uintptr_t data, int dtype, const py::tuple& sizes, const py::tuple& strides,
+                        int channel_dim, int sample_dim, int activation, bool accumulate,
+                        uintptr_t state, uintptr_t y, uintptr_t mean, uintptr_t var,
+                        uintptr_t weight, uintptr_t bias, int parameters, double eps, int act,
+                        uintptr_t scratch, int64_t scratch_bytes, uintptr_t tickets,
+                        int64_t ticket_count, int device, uintptr_t stream) {
+  if (activation < 0 || activation > 3 || act < 0 || act > 5)
+    throw py::value_error("unknown activation code");
+  const View view = view_of(data, dtype, sizes, strides, channel_dim, sample_dim);
+  if (view.dtype == DType::kFloat64) throw py::value_error("bn_act_stats: no kernel for float64");
+  cuda::ChannelPlan plan;
+  if (!cuda::plan_channel_stats(view, &plan, pointer<void>(y)))
+    throw py::value_error("bn_act_stats: the tensor is empty or too large");
+  py::object wanted = lend(plan.scratch, plan.tickets, scratch_bytes, ticket_count);
+  if (!wanted.is_none()) return wanted;
+  const cuda::BatchNorm norm = {pointer<const void>(mean),   pointer<const void>(var),
+                                pointer<const void>(weight), pointer<const void>(bias),
+                                read_dtype(parameters),      eps};
+  py::gil_scoped_release release;
+  DeviceGuard guard("bn_act_stats", device);
+  check("bn_act_stats",
+        cuda::bn_act_stats(view, plan, norm, static_cast<Activation>(act), pointer<void>(y),
+                           static_cast<Activation>(activation), accumulate, pointer<double>(state),
+                           pointer<double>(scratch), pointer<unsigned>(tickets),
+                           pointer<void>(stream)));
+  return wanted;
+}
+
 py::object pair_stats(uintptr_t x, uintptr_t y, int dtype, const py::tuple& sizes,
                       const py::tuple& x_strides, const py::tuple& y_strides, int row_dims,
                       uintptr_t out, uintptr_t scratch, int64_t scratch_bytes, uintptr_t tickets,
@@ -190,6 +218,7 @@ py::tuple outcome(cuda::Status status) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of idap_kernels; use the functions of idap_kernels instead.";
   m.def("channel_stats", &channel_stats);
+  m.def("bn_act_stats", &bn_act_stats);
   m.def("pair_stats", &pair_stats);
   m.def("filter_norms", &filter_norms);
   m.def("channel_plan", &channel_plan);

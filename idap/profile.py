@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from idap_kernels import ChannelStats, PairStats, channel_stats, pair_stats
-from idap_kernels.dispatch import ACTIVATION_CODES, check_backend_name
+from idap_kernels import ChannelStats, PairStats, bn_act_stats, channel_stats, pair_stats
+from idap_kernels.dispatch import ACTIVATION_CODES, backend_module, check_backend_name, select
 
 from . import inputs as _inputs
 from .adapters import multihead as _multihead
-from .errors import EmptyDataError, ForwardError, GraphError, InvalidInputError, NonFiniteError
+from .cuda_graph import GraphedSteps
+from .errors import EmptyDataError, ForwardError, GraphError, IdapError, InvalidInputError, NonFiniteError
+from .fusion import NormFusion
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -174,6 +176,8 @@ def profile(
     backend: str = "auto",
     progress: bool = True,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    fuse: bool = True,
+    cuda_graph: bool = False,
 ) -> ActivationProfile:
     """Run the model over batches, once each, and keep the statistics of its layers and blocks.
 
@@ -202,9 +206,16 @@ def profile(
         backend: passed to the kernels; see :func:`idap_kernels.available_backends`.
         progress: show a progress bar on a terminal.
         forward: called as ``forward(model, batch)`` in place of ``model(batch)``.
+        fuse: run a batch norm behind a measured layer, and from the second batch on the activation behind that,
+            in the pass that takes the layer's statistics (:func:`idap_kernels.bn_act_stats`). Their results, and
+            with them the statistics of later layers, differ from torch's own by rounding.
+        cuda_graph: capture the forward pass with all statistics once, and replay it for every further batch of
+            the same shapes; for models on a GPU whose host is the bottleneck. The first batch runs as usual, and
+            so does a batch of other shapes. The model must do the same for every batch and never wait for a value.
 
     Raises:
-        InvalidInputError: an unknown layer or block, a wrong activation or backend, batches of no known form.
+        InvalidInputError: an unknown layer or block, a wrong activation or backend, batches of no known form,
+            ``cuda_graph`` for a model that is not on a GPU.
         EmptyDataError: no batches, or one without samples.
         NonFiniteError: activations became NaN or infinite; names the layer and the batch.
         ForwardError: the model raised; names the batch, and has the model's own error as its cause.
@@ -225,6 +236,10 @@ def profile(
             f"layer {unscored[0]!r} is a {kind}; only convolutions and linear layers have filters to measure"
         )
     targets = None if blocks is None else _known_blocks(blocks, modules)
+    # Without batch norms there is nothing to fuse, and torch is left as it is.
+    norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in modules.values())
+    recorder = _Recorder(activation, backend, NormFusion() if fuse and norms else None)
+    graphs = GraphedSteps(model, recorder) if cuda_graph else None
     iterator = iter(_iterable(batches))
     try:
         batch = next(iterator)
@@ -238,7 +253,6 @@ def profile(
     else:
         attention = _discover_heads(model, batch) if forward is None else {}
     input_names = list(dict.fromkeys((*input_names, *(own.output.layer for own in attention.values()))))
-    recorder = _Recorder(activation, backend)
     run = forward or _inputs.call
     index = 0
     with (
@@ -251,10 +265,16 @@ def profile(
     ):
         while True:
             recorder.begin(_batch_size(batch, forward is not None, index))
+            moved = _inputs.to_model(batch, model)
             try:
-                run(model, _inputs.to_model(batch, model))
+                if graphs is not None:
+                    graphs.run(lambda given: recorder.step(run, model, given), moved)
+                else:
+                    recorder.step(run, model, moved)
             except _Stop as stop:
                 raise stop.error from stop.error.__cause__
+            except IdapError:
+                raise
             except Exception as error:
                 raise ForwardError(_forward_message(model, batch, index, error)) from error
             recorder.end()
@@ -412,9 +432,12 @@ class _Stop(Exception):
 class _Recorder:
     """The hooks and what they have gathered."""
 
-    def __init__(self, activation: str, backend: str):
+    def __init__(self, activation: str, backend: str, fusion: NormFusion | None):
         self.activation = activation
         self.backend = backend
+        self.fusion = fusion
+        self.order: dict[str, None] = {}  # layers as they are called
+        self.fusing: dict[tuple[torch.device, torch.dtype, int], bool] = {}
         self.layers: dict[str, ChannelStats] = {}
         self.blocks: dict[str, list[PairStats]] = {}
         self.inputs: dict[str, ChannelStats] = {}
@@ -458,13 +481,52 @@ class _Recorder:
         """Whether a tensor is (T, B, C). Windows of a batch, (B·W, T, C), are not, whatever their T."""
         return y.dim() == 3 and y.shape[1] == self.batch_size and y.shape[0] % self.batch_size != 0
 
+    def step(self, run: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> None:
+        """The forward pass with its statistics, and whether they are finite."""
+        with self.fusion.batch() if self.fusion is not None else nullcontext():
+            run(model, batch)
+        self.note_finite()
+
     def layer_hook(self, name: str, module: nn.Module) -> Callable[..., None]:
         measure = self.measure(name, module, self.layers, self.activation)
+        fused = self.fused(name)
+        weight = module.weight
+        # What a batch norm takes as it is: (B, C, *) of a convolution, (B, C) of a linear layer.
+        rank = weight.dim() if isinstance(weight, Tensor) else 2
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            measure(_inputs.first_tensor(output))
+            y = _inputs.first_tensor(output)
+            self.order.setdefault(name)
+            if self.fusion is not None and y is not None and y.dim() == rank and self.fuses(y):
+                self.fusion.wait(name, y, measure, fused)
+            else:
+                measure(y)
 
         return hook
+
+    def fuses(self, y: Tensor) -> bool:
+        """Whether a kernel fuses: the reference, in several passes and float64, would only cost more."""
+        key = y.device, y.dtype, y.dim()
+        if key not in self.fusing:
+            try:
+                self.fusing[key] = select(y, self.backend) is not backend_module("reference")
+            except IdapError:
+                self.fusing[key] = False
+        return self.fusing[key] and y.numel() > 0
+
+    def fused(self, name: str) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+        """A function that adds the output of a layer to its statistics and gives it behind its batch norm."""
+
+        def add(y: Tensor, norm: dict[str, Any]) -> Tensor:
+            try:
+                z, self.layers[name] = bn_act_stats(
+                    y, **norm, activation=self.activation, out=self.layers.get(name), backend=self.backend
+                )
+            except Exception as error:
+                raise _Stop(error) from error
+            return z
+
+        return add
 
     def input_hook(self, name: str, module: nn.Module) -> Callable[..., None]:
         measure = self.measure(name, module, self.inputs, "identity")
@@ -558,20 +620,27 @@ class _Recorder:
 
         return before, after
 
-    def end(self) -> None:
-        """Close a batch: count it, and note whether every statistic is still finite."""
-        self.samples += self.batch_size
-        self.batches += 1
-        self.pending.clear()
+    def names(self) -> set[str]:
+        """The layers and blocks that have statistics."""
+        return self.layers.keys() | self.inputs.keys() | self.blocks.keys()
+
+    def note_finite(self) -> None:
+        """Note whether every statistic is finite; on a GPU nothing waits for the answer."""
         if not self.layers:
             return
-        # The sums are infinite or NaN once a value was, or its square. On a GPU nothing waits for the answer.
+        # The sums are infinite or NaN once a value was, or its square.
         sums: dict[torch.device, list[Tensor]] = {}
         for stats in self.layers.values():
             sums.setdefault(stats.state.device, []).append(stats.state[_SUMS].flatten())
         flags = [torch.cat(parts).isfinite().all() for parts in sums.values()]
         self.finite.append(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
-        if self.finite[-1].device.type == "cpu" and not self.finite[-1]:
+
+    def end(self) -> None:
+        """Close a batch: count it, and stop at statistics that are not finite."""
+        self.samples += self.batch_size
+        self.batches += 1
+        self.pending.clear()
+        if self.finite and self.finite[-1].device.type == "cpu" and not self.finite[-1]:
             self.check_finite()
 
     def check_finite(self) -> None:
@@ -590,7 +659,8 @@ class _Recorder:
             name: PairStats(torch.cat([part.state for part in parts], dim=1))
             for name, parts in self.blocks.items()
         }
-        return ActivationProfile(dict(self.layers), blocks, self.samples, self.batches, dict(self.inputs))
+        layers = {name: self.layers[name] for name in self.order if name in self.layers}
+        return ActivationProfile(layers, blocks, self.samples, self.batches, dict(self.inputs))
 
 
 __all__ = ["ActivationProfile", "Inputs", "is_scored", "profile"]

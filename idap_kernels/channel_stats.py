@@ -235,20 +235,7 @@ def channel_stats(
             not fit.
         BackendUnavailable: the backend asked for cannot run this call.
     """
-    check_tensor(x, "x")
-    ndim = x.dim()
-    if ndim < 2:
-        raise InvalidInputError(
-            f"x has shape {tuple(x.shape)}; a sample and a channel dimension are needed: use x[None]"
-        )
-    channel_dim = check_dim(channel_dim, ndim, "channel_dim")
-    sample_dim = check_dim(sample_dim, ndim, "sample_dim")
-    if channel_dim == sample_dim:
-        raise InvalidInputError(f"channel_dim and sample_dim are both dimension {channel_dim}")
-    if activation not in ACTIVATION_CODES:
-        raise InvalidInputError(f"activation is {activation!r}; known are {', '.join(ACTIVATION_CODES)}")
-    if out is not None:
-        _check_out(out, x, x.shape[channel_dim], activation)
+    channel_dim, sample_dim = check_map(x, channel_dim, sample_dim, activation, out)
     if is_plain(x):
         module = select(x, backend)
         x = materialized(x)
@@ -265,6 +252,31 @@ def channel_stats(
     return ChannelStats(
         torch.ops.idap.channel_stats(x.detach(), channel_dim, sample_dim, activation, backend), activation
     )
+
+
+def check_map(
+    x: Tensor, channel_dim: int, sample_dim: int, activation: str, out: ChannelStats | None
+) -> tuple[int, int]:
+    """The dimensions of the channels and the samples, counted from the front, of arguments that are right.
+
+    Raises:
+        InvalidInputError: they are not; see :func:`channel_stats`.
+    """
+    check_tensor(x, "x")
+    ndim = x.dim()
+    if ndim < 2:
+        raise InvalidInputError(
+            f"x has shape {tuple(x.shape)}; a sample and a channel dimension are needed: use x[None]"
+        )
+    channel_dim = check_dim(channel_dim, ndim, "channel_dim")
+    sample_dim = check_dim(sample_dim, ndim, "sample_dim")
+    if channel_dim == sample_dim:
+        raise InvalidInputError(f"channel_dim and sample_dim are both dimension {channel_dim}")
+    if activation not in ACTIVATION_CODES:
+        raise InvalidInputError(f"activation is {activation!r}; known are {', '.join(ACTIVATION_CODES)}")
+    if out is not None:
+        _check_out(out, x, x.shape[channel_dim], activation)
+    return channel_dim, sample_dim
 
 
 def _check_out(out: ChannelStats, x: Tensor, channels: int, activation: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,20 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 ACTIVATION_CODES = {"relu": 0, "identity": 1, "gelu": 2, "silu": 3}
+OUTPUT_ACTIVATION_CODES = {**ACTIVATION_CODES, "relu6": 4, "hardswish": 5}
+
+
+class BatchNorm(NamedTuple):
+    """A batch norm in evaluation mode: ``(x - mean) * weight / sqrt(var + eps) + bias`` by channel.
+
+    Tensors are contiguous (C,), of one floating-point dtype, on the device of ``x``.
+    """
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None  # None: ones
+    bias: Tensor | None  # None: zeros
+    eps: float
 
 
 class Backend(Protocol):
@@ -35,6 +49,23 @@ class Backend(Protocol):
         self, x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
     ) -> None:
         """Write, or merge, the statistics of ``x`` into ``state`` (11, C)."""
+
+    def bn_act_stats(
+        self,
+        x: Tensor,
+        norm: BatchNorm,
+        act: str,
+        y: Tensor,
+        channel_dim: int,
+        sample_dim: int,
+        activation: str,
+        state: Tensor,
+        accumulate: bool,
+    ) -> None:
+        """Write ``act(norm(x))`` into ``y``, and as :meth:`channel_stats` the statistics of ``x``.
+
+        ``x`` is dense without overlap; ``y`` has its dtype and its strides, and none of its memory.
+        """
 
     def pair_stats(self, x: Tensor, y: Tensor, row_dims: int, out: Tensor) -> None:
         """Write the products of each row into ``out`` (4, R); the first ``row_dims`` dims are rows."""
@@ -107,6 +138,24 @@ class _OrNext:
         except BackendUnavailable:
             following = select(self.x, "auto")
             following.channel_stats(x, channel_dim, sample_dim, activation, state, accumulate)
+
+    def bn_act_stats(
+        self,
+        x: Tensor,
+        norm: BatchNorm,
+        act: str,
+        y: Tensor,
+        channel_dim: int,
+        sample_dim: int,
+        activation: str,
+        state: Tensor,
+        accumulate: bool,
+    ) -> None:
+        rest = x, norm, act, y, channel_dim, sample_dim, activation, state, accumulate
+        try:
+            self.module.bn_act_stats(*rest)
+        except BackendUnavailable:
+            select(self.x, "auto").bn_act_stats(*rest)
 
     def pair_stats(self, x: Tensor, y: Tensor, row_dims: int, out: Tensor) -> None:
         try:

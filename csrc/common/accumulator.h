@@ -26,6 +26,15 @@ enum PairRow : int { kXX = 0, kYY = 1, kXY = 2, kDD = 3, kPairRows = 4 };
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-enum class Activation : int { kRelu = 0, kIdentity = 1, kGelu = 2, kSilu = 3 };
+// The first four also serve as the activation of the statistics; the others only as the one that
+// bn_act_stats applies.
+enum class Activation : int {
+  kRelu = 0,
+  kIdentity = 1,
+  kGelu = 2,
+  kSilu = 3,
+  kRelu6 = 4,
+  kHardswish = 5,
+};
 
 }  // namespace idap

@@ -1,4 +1,5 @@
-// channel_stats on the CPU: one read of the map gives all rows of common/accumulator.h.
+// channel_stats on the CPU: one read of the map gives all rows of common/accumulator.h. With a
+// writer it is bn_act_stats: what was accumulated is normalized and written while it is in cache.
 //
 // Work is cut into units whose borders depend on the shape alone; each unit fills its own slab of
 // partial results, and slabs are merged in a fixed order. So the result has the same bits for any
@@ -13,6 +14,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "writer.h"
 
 namespace idap {
 namespace IDAP_ISA {
@@ -54,8 +56,6 @@ struct Plan {
   int64_t pitch() const { return (channel_block + kF - 1) / kF * kF; }
   int64_t units() const { return channel_units * sample_units * position_units; }
 };
-
-constexpr int kLine = 64;  // bytes of a cache line
 
 // Any address will do: a prefetch never faults.
 IDAP_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
@@ -244,8 +244,10 @@ IDAP_INLINE void separate(const PairAcc& p, Acc<float>* a) {
 
 struct Slab {
   double* data;
-  int64_t width;  // channels
-  int64_t pitch;  // channels, rounded up to whole vectors
+  int64_t width;         // channels
+  int64_t pitch;         // channels, rounded up to whole vectors
+  int64_t first;         // which of the map's channels is the first one here
+  const Writer* writer;  // nullptr: the map is only read
   double* row(int r) const { return data + r * pitch; }
   vd load_row(int r, int64_t c) const { return load(row(r) + c); }
   void store_row(int r, int64_t c, vd v) const { std::memcpy(row(r) + c, &v, sizeof v); }
@@ -401,6 +403,9 @@ void row(const T* p, int64_t stride, int64_t n, const Slab& slab, int64_t c) {
     slab.row(sSampleSum)[c] += sum + count * k;
     slab.row(sSampleAbs)[c] += sum_lanes<A>(a.abs);
     slab.row(sSampleSq)[c] += sum_lanes<A>(a.act_sq);
+    if (slab.writer)
+      slab.writer->rows(*slab.writer, p + begin * stride, 0, stride, end - begin, slab.first + c,
+                        1);
   }
   double mn = slab.row(sMin)[c], mx = slab.row(sMax)[c];
   for (int l = 0; l < lanes; ++l) {
@@ -504,6 +509,8 @@ void tile(const T* base, int64_t channel_stride, int n, const Slab& slab, int64_
     for (; j < n; ++j) step<A, kAct, false>(a, load_strided(base + j, channel_stride, lanes));
   }
   carry_lanes<A, kAct, false, true>(slab, c, 0, lanes, n, a);
+  if (slab.writer)
+    slab.writer->rows(*slab.writer, base, channel_stride, 1, n, slab.first + c, lanes);
 }
 
 template <class T, Activation kAct>
@@ -512,7 +519,8 @@ void tiles_unit(const View& v, const Slab& slab, int64_t c0, int64_t b0, int64_t
   const int n = static_cast<int>(v.positions());
   const int64_t whole = slab.width / lanes * lanes;
   // The channels left over, fewer than a vector, go row by row in a slab of their own.
-  const Slab rest{slab.data + whole, slab.width - whole, slab.pitch};
+  const Slab rest{slab.data + whole, slab.width - whole, slab.pitch, slab.first + whole,
+                  slab.writer};
   for (int64_t b = b0; b < b1; ++b) {
     const T* base = static_cast<const T*>(v.data) + b * v.sample_stride + c0 * v.channel_stride;
     for (int64_t c = 0; c < whole; c += lanes)
@@ -610,16 +618,18 @@ void channels_block(const T* base, const T* next_block, const int64_t* offsets, 
     channels<T, kAct, kContiguous, kMag, kClosed, true, 1>(base + c * stride, next_block, offsets,
                                                            n, stride, lanes, 0, lanes, slab, c);
   const int rest = static_cast<int>(slab.width - c);
-  if (rest == 0) return;
-  if (slab.width >= lanes) {  // the last full vector; its first lanes were carried before
+  if (rest > 0 &&
+      slab.width >= lanes) {  // the last full vector; its first lanes were carried before
     const int64_t back = slab.width - lanes;
     channels<T, kAct, kContiguous, kMag, kClosed, true, 1>(base + back * stride, next_block,
                                                            offsets, n, stride, lanes, lanes - rest,
                                                            lanes, slab, back);
-  } else {
+  } else if (rest > 0) {
     channels<T, kAct, kContiguous, kMag, kClosed, false, 1>(base, base, offsets, n, stride, rest, 0,
                                                             rest, slab, 0);
   }
+  if (slab.writer)
+    slab.writer->columns(*slab.writer, base, offsets, stride, n, slab.first, slab.width);
 }
 
 template <class T, Activation kAct, bool kContiguous>
@@ -769,7 +779,7 @@ void prepare(const View& v, const Slab& slab, int64_t c0, int64_t b0, int64_t p0
 }
 
 template <class T, Activation kAct>
-void run_unit(const View& v, const Plan& p, int64_t unit, double* slab_data) {
+void run_unit(const View& v, const Plan& p, int64_t unit, double* slab_data, const Writer* writer) {
   const int64_t cu = unit % p.channel_units, pu = unit / p.channel_units % p.position_units,
                 bu = unit / p.channel_units / p.position_units;
   const int64_t c0 = cu * p.channel_block, positions = v.positions();
@@ -777,7 +787,7 @@ void run_unit(const View& v, const Plan& p, int64_t unit, double* slab_data) {
   const int64_t b0 = v.samples * bu / p.sample_units, b1 = v.samples * (bu + 1) / p.sample_units;
   const int64_t p0 = positions * pu / p.position_units,
                 p1 = positions * (pu + 1) / p.position_units;
-  const Slab slab{slab_data, c1 - c0, p.pitch()};
+  const Slab slab{slab_data, c1 - c0, p.pitch(), c0, writer};
   prepare<T>(v, slab, c0, b0, p0);
   if (p.path == Path::kTile) return tiles_unit<T, kAct>(v, slab, c0, b0, b1);
   if (p.path == Path::kRow) {
@@ -793,15 +803,18 @@ Plan plan_for(const View& v) {
 }
 
 template <class T, Activation kAct>
-void run(const View& v, const Plan& p, bool accumulate, double* scratch, double* state,
-         int threads) {
+void run(const View& v, const Plan& p, bool accumulate, double* scratch, double* state, int threads,
+         const Writer* writer) {
   const int64_t units = p.units(), slab_size = sRows * p.pitch();
   const int64_t pieces = (p.channel_block + kD - 1) / kD;
   if (units == 1 || v.samples * v.channels * v.positions() < kSerialWork) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t u = 0; u < units; ++u) run_unit<T, kAct>(v, p, u, scratch + u * slab_size);
+    for (int64_t u = 0; u < units; ++u) {
+      run_unit<T, kAct>(v, p, u, scratch + u * slab_size, writer);
+      if (writer && writer->streams) fence_streams();
+    }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.channel_units * pieces; ++i) {
       const int64_t unit_c = i / pieces, lane = i % pieces * kD;
@@ -818,23 +831,29 @@ void run(const View& v, const Plan& p, bool accumulate, double* scratch, double*
 
 size_t channel_stats_scratch(const View& v) {
   const Plan p = plan_for(v);
-  return static_cast<size_t>(p.units() * sRows * p.pitch());
+  return static_cast<size_t>(p.units() * sRows * p.pitch()) + writer_scratch(v.channels);
 }
 
 void channel_stats(const View& v, Activation activation, bool accumulate, double* scratch,
-                   double* state, int threads) {
+                   double* state, int threads, const NormAct* norm_act) {
   const Plan p = plan_for(v);
+  Writer writer;
+  const Writer* w = nullptr;
+  if (norm_act) {
+    writer = make_writer(v, *norm_act, scratch + p.units() * sRows * p.pitch());
+    w = &writer;
+  }
   dispatch_dtype(v.dtype, [&](auto tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
     switch (activation) {
-      case Activation::kRelu:
-        return run<T, Activation::kRelu>(v, p, accumulate, scratch, state, threads);
       case Activation::kIdentity:
-        return run<T, Activation::kIdentity>(v, p, accumulate, scratch, state, threads);
+        return run<T, Activation::kIdentity>(v, p, accumulate, scratch, state, threads, w);
       case Activation::kGelu:
-        return run<T, Activation::kGelu>(v, p, accumulate, scratch, state, threads);
+        return run<T, Activation::kGelu>(v, p, accumulate, scratch, state, threads, w);
       case Activation::kSilu:
-        return run<T, Activation::kSilu>(v, p, accumulate, scratch, state, threads);
+        return run<T, Activation::kSilu>(v, p, accumulate, scratch, state, threads, w);
+      default:
+        return run<T, Activation::kRelu>(v, p, accumulate, scratch, state, threads, w);
     }
   });
 }

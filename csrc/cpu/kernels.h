@@ -27,13 +27,25 @@ struct PairView {
   }
 };
 
+// What is written beside the statistics: act((x - mean) * weight / sqrt(var + eps) + bias).
+// y has the view's dtype, sizes and strides, in other memory; the view does not overlap itself.
+struct NormAct {
+  void* y = nullptr;
+  Activation act = Activation::kIdentity;
+  DType dtype = DType::kFloat32;  // of the parameters, one for each channel
+  const void *mean = nullptr, *var = nullptr;
+  const void *weight = nullptr, *bias = nullptr;  // nullptr: ones, zeros
+  double eps = 0.0;
+};
+
 struct Kernels {
   const char* isa;
   // float64 values of scratch memory that channel_stats needs for this view.
   size_t (*channel_stats_scratch)(const View&);
-  // state: kRows x channels. With accumulate, the state is merged into, else overwritten.
+  // state: kRows x channels. With accumulate, the state is merged into, else overwritten. With
+  // norm_act, its y is written in the same pass; the statistics stay those of the view.
   void (*channel_stats)(const View&, Activation, bool accumulate, double* scratch, double* state,
-                        int threads);
+                        int threads, const NormAct* norm_act);
   size_t (*pair_stats_scratch)(const PairView&);
   // out: kPairRows x rows.
   void (*pair_stats)(const PairView&, double* scratch, double* out, int threads);

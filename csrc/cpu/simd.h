@@ -5,8 +5,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -64,6 +65,9 @@ struct Lanes<double> {
   static constexpr int n = kD;
 };
 
+template <class V>
+using Element = std::decay_t<decltype(V{}[0])>;
+
 // The type in which a block of elements of type T is accumulated.
 template <class T>
 struct AccOf {
@@ -90,10 +94,16 @@ IDAP_INLINE vd load(const double* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-IDAP_INLINE vf widen_bf16(vu16h h) {
-  vu32 w = __builtin_convertvector(h, vu32) << 16;
-  return (vf)w;
+IDAP_INLINE vu32 widen_bits(vu16h h) {  // compilers take the long way
+#if defined(__AVX512F__)
+  return (vu32)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (vu32)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu32);
+#endif
 }
+IDAP_INLINE vf widen_bf16(vu16h h) { return (vf)(widen_bits(h) << 16); }
 IDAP_INLINE vf load(const bf16* p) {
   vu16h h;
   std::memcpy(&h, p, sizeof h);
@@ -133,6 +143,108 @@ IDAP_INLINE auto load_strided(const T* p, int64_t stride, int n) {
   T buffer[Lanes<typename AccOf<T>::type>::n] = {};
   for (int i = 0; i < n; ++i) buffer[i] = p[i * stride];
   return load(buffer);
+}
+
+// ------------------------------------------------- stores, rounded to nearest, ties to even
+IDAP_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+IDAP_INLINE void store(double* p, vd v) { std::memcpy(p, &v, sizeof v); }
+IDAP_INLINE vu16h narrow_bf16(vf v) {
+  const vu32 bits = (vu32)v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i kept =
+      _mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
+  return (vu16h)_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#else
+  const vu32 nan = (vu32)(v != v);
+  const vu32 kept = ((nan & (bits | 0x400000u)) | (~nan & rounded)) >> 16;
+#if defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);  // of each half
+  return (vu16h)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(kept, vu16h);
+#endif
+#endif
+}
+IDAP_INLINE void store(bf16* p, vf v) {
+  const vu16h h = narrow_bf16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+IDAP_INLINE vu16h narrow_f16(vf v) {
+#if defined(__AVX512F__)
+  return (vu16h)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (vu16h)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vu32 sign = ((vu32)v >> 16) & 0x8000u, bits = (vu32)v & 0x7fffffffu;
+  // In [0.5, 1) floats are as far apart as subnormal halves: the addition rounds.
+  const vu32 subnormal = (vu32)((vf)bits + 0.5f) - 0x3f000000u;
+  const vu32 normal = ((bits + 0xfffu + ((bits >> 13) & 1u)) >> 13) - (112u << 10);
+  const vi32 magnitude = (vi32)bits;  // not negative, so signed comparisons do
+  const vu32 small = (vu32)(magnitude < 0x38800000), infinite = (vu32)(magnitude >= 0x477ff000),
+             nan = (vu32)(magnitude > 0x7f800000);
+  vu32 h = (small & subnormal) | (~small & normal);
+  h = (infinite & 0x7c00u) | (~infinite & h);
+  return __builtin_convertvector(sign | h | (nan & 0x0200u), vu16h);
+#endif
+}
+IDAP_INLINE void store(f16* p, vf v) {
+  const vu16h h = narrow_f16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first n < lanes elements, stride apart.
+template <class T, class V>
+IDAP_INLINE void store_strided(T* p, int64_t stride, V v, int n) {
+  T buffer[Lanes<typename AccOf<T>::type>::n];
+  store(buffer, v);
+  for (int i = 0; i < n; ++i) p[i * stride] = buffer[i];
+}
+
+constexpr int kLine = 64;  // bytes of a cache line
+#if defined(__SSE2__)
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
+
+// Copies past the caches where this is possible, but for the lines at both ends that are not whole:
+// a line that is written both ways costs more than either. fence_streams() has to follow before
+// another thread may read.
+inline void stream(void* to, const void* from, size_t bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+#if defined(__SSE2__)
+  const size_t past = reinterpret_cast<uintptr_t>(out) % kLine;
+  const size_t head = past == 0 ? 0 : kLine - past;
+  if (bytes >= head + kLine) {
+    if (head) std::memcpy(out, in, head);
+    out += head;
+    in += head;
+    bytes -= head;
+    for (; bytes >= kLine; out += kLine, in += kLine, bytes -= kLine) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kLine; i += kBytes) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+#elif defined(__AVX2__)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)));
+#else
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+#endif
+      }
+    }
+  }
+#endif
+  if (bytes) std::memcpy(out, in, bytes);
+}
+
+IDAP_INLINE void fence_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <class T>
@@ -201,6 +313,16 @@ IDAP_INLINE vi32 count_positive(vi32 count, vf v) {
 }
 IDAP_INLINE vi64 count_positive(vi64 count, vd v) { return count - (vi64)(v > 0.0); }
 
+IDAP_INLINE vf vsqrt(vf a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)a);
+#else
+  for (int i = 0; i < kF; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
 IDAP_INLINE vd vsqrt(vd a) {
 #if defined(__AVX512F__)
   return (vd)_mm512_sqrt_pd((__m512d)a);
@@ -334,6 +456,11 @@ IDAP_INLINE V activate(V v) {
   if constexpr (kAct == Activation::kIdentity) return v;
   if constexpr (kAct == Activation::kGelu) return vgelu(v);
   if constexpr (kAct == Activation::kSilu) return vsilu(v);
+  if constexpr (kAct == Activation::kRelu6) return vmin(splat<V>(Element<V>(6)), vmax(V{}, v));
+  // 6 * (1 / 6), rounded, is 1: large values stay as they are
+  if constexpr (kAct == Activation::kHardswish)
+    return v *
+           (activate<Activation::kRelu6>(v + Element<V>(3)) * static_cast<Element<V>>(1.0 / 6.0));
 }
 
 // ---------------------------------------------------------------- transposition

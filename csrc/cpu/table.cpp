@@ -14,7 +14,7 @@ namespace idap {
 namespace IDAP_ISA {
 
 size_t channel_stats_scratch(const View&);
-void channel_stats(const View&, Activation, bool, double*, double*, int);
+void channel_stats(const View&, Activation, bool, double*, double*, int, const NormAct*);
 size_t pair_stats_scratch(const PairView&);
 void pair_stats(const PairView&, double*, double*, int);
 void filter_norms(const View*, double* const*, int, int);

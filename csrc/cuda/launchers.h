@@ -20,6 +20,20 @@ Status channel_stats(const View& view, const ChannelPlan& plan, Activation activ
                      bool accumulate, double* state, double* scratch, unsigned* tickets,
                      void* stream);
 
+// The parameters of a batch norm in evaluation mode, all of them on the device, (channels,),
+// contiguous and of one dtype. weight and bias may be null: ones, zeros.
+struct BatchNorm {
+  const void *mean, *var, *weight, *bias;
+  DType dtype;
+  double eps;
+};
+
+// y = act((x - mean) * weight / sqrt(var + eps) + bias), with the strides of x, and the statistics
+// of x as channel_stats. The plan was made for both pointers. Not for float64.
+Status bn_act_stats(const View& view, const ChannelPlan& plan, const BatchNorm& norm,
+                    Activation act, void* y, Activation activation, bool accumulate, double* state,
+                    double* scratch, unsigned* tickets, void* stream);
+
 // out: device, float64 (4, rows).
 Status pair_stats(const PairView& view, const PairPlan& plan, double* out, double* scratch,
                   unsigned* tickets, void* stream);

@@ -70,7 +70,7 @@ inline Walk make_walk(int dims, const int64_t* size, const int64_t* stride, int 
   return w;
 }
 
-// ---------------------------------------------------------------------------- channel_stats
+// ----------------------------------------------------------------- channel_stats, bn_act_stats
 
 enum class Shape : int {
   kRows = 0,     // whole rows (one sample of one channel), each by `lanes` neighbouring threads
@@ -100,20 +100,22 @@ struct ChannelPlan {
 };
 
 // Whether loads of `vec` elements are aligned wherever they begin: the pointer, the strides between
-// runs, and the length of a run along the dimension of stride one.
-inline bool loads_aligned(const View& v, const int64_t* strides, int n, int64_t run, int vec) {
-  bool ok =
-      reinterpret_cast<uintptr_t>(v.data) % (vec * element_size(v.dtype)) == 0 && run % vec == 0;
+// runs, and the length of a run along the dimension of stride one. `y`, if any, is what is stored
+// at the same offsets.
+inline bool loads_aligned(const View& v, const int64_t* strides, int n, int64_t run, int vec,
+                          const void* y = nullptr) {
+  const uintptr_t pointers = reinterpret_cast<uintptr_t>(v.data) | reinterpret_cast<uintptr_t>(y);
+  bool ok = pointers % (vec * element_size(v.dtype)) == 0 && run % vec == 0;
   for (int i = 0; i < n; ++i) ok = ok && strides[i] % vec == 0;
   return ok;
 }
 
 // Elements per load: 16 bytes, 8 for halves where 16 do not fit (a row of 14 x 14), else one
 // element.
-inline int vector_width(const View& v, const int64_t* strides, int n, int64_t run) {
+inline int vector_width(const View& v, const int64_t* strides, int n, int64_t run, const void* y) {
   const int size = element_size(v.dtype);
-  if (loads_aligned(v, strides, n, run, 16 / size)) return 16 / size;
-  return size == 2 && loads_aligned(v, strides, n, run, 4) ? 4 : 1;
+  if (loads_aligned(v, strides, n, run, 16 / size, y)) return 16 / size;
+  return size == 2 && loads_aligned(v, strides, n, run, 4, y) ? 4 : 1;
 }
 
 // Enough blocks for several waves on the largest GPUs (132 or more multiprocessors, 3 blocks each),
@@ -122,7 +124,9 @@ constexpr int64_t kFill = 528;
 constexpr int64_t kFillThreads = int64_t{1} << 17;
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 
-inline bool plan_channel_stats(const View& v, ChannelPlan* out) {
+// Also the plan of bn_act_stats, which writes `y` with the strides of v. Wherever the pointers
+// allow loads of the same width it is the same plan.
+inline bool plan_channel_stats(const View& v, ChannelPlan* out, const void* y = nullptr) {
   ChannelPlan p;
   const int64_t B = v.samples, C = v.channels, S = v.positions();
   if (B < 1 || C < 1 || S < 1) return false;
@@ -139,7 +143,7 @@ inline bool plan_channel_stats(const View& v, ChannelPlan* out) {
     for (int i = 0; i < v.dims; ++i) strides[i + 1] = v.stride[i];
     // Eight halves a thread would need too many registers: four are taken at a time.
     p.vec = size == 8 ? 2 : 4;
-    if (v.channel_stride != 1 || !loads_aligned(v, strides, v.dims + 1, C, p.vec)) p.vec = 1;
+    if (v.channel_stride != 1 || !loads_aligned(v, strides, v.dims + 1, C, p.vec, y)) p.vec = 1;
     // Narrow, since a record costs 72 bytes a channel, but whole sectors of a cache line.
     const int64_t tile = clamp(pow2_ceil(C), p.vec, 32);
     p.lanes = static_cast<int>(tile / p.vec);
@@ -155,7 +159,7 @@ inline bool plan_channel_stats(const View& v, ChannelPlan* out) {
   } else {
     int64_t strides[kMaxPositionDims + 2] = {v.sample_stride, v.channel_stride, 0, 0, 0, 0};
     for (int i = 0; i + 1 < v.dims; ++i) strides[i + 2] = v.stride[i];
-    if (inner_stride == 1) p.vec = vector_width(v, strides, v.dims + 1, v.size[v.dims - 1]);
+    if (inner_stride == 1) p.vec = vector_width(v, strides, v.dims + 1, v.size[v.dims - 1], y);
     const int64_t items = S / p.vec;
     if (!channel_fastest && ((items >= 256 && B * C * 32 < kFillThreads) || items >> 30)) {
       p.shape = Shape::kPieces;

@@ -9,7 +9,7 @@ import torch  # before the extension: both then share torch's OpenMP runtime
 from torch import Tensor
 
 from ..build_info import extension_missing
-from ..dispatch import ACTIVATION_CODES, DTYPE_CODES
+from ..dispatch import ACTIVATION_CODES, DTYPE_CODES, OUTPUT_ACTIVATION_CODES, BatchNorm
 
 _native: Any
 try:
@@ -50,10 +50,10 @@ def refuses(x: Tensor) -> str | None:
     return None
 
 
-def channel_stats(
+def _map_arguments(
     x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
-) -> None:
-    _native.channel_stats(
+) -> tuple[object, ...]:
+    return (
         x.data_ptr(),
         DTYPE_CODES[x.dtype],
         x.shape,
@@ -64,6 +64,36 @@ def channel_stats(
         accumulate,
         state.data_ptr(),
         torch.get_num_threads(),
+    )
+
+
+def channel_stats(
+    x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
+) -> None:
+    _native.channel_stats(*_map_arguments(x, channel_dim, sample_dim, activation, state, accumulate))
+
+
+def bn_act_stats(
+    x: Tensor,
+    norm: BatchNorm,
+    act: str,
+    y: Tensor,
+    channel_dim: int,
+    sample_dim: int,
+    activation: str,
+    state: Tensor,
+    accumulate: bool,
+) -> None:
+    _native.bn_act_stats(
+        *_map_arguments(x, channel_dim, sample_dim, activation, state, accumulate),
+        y.data_ptr(),
+        OUTPUT_ACTIVATION_CODES[act],
+        DTYPE_CODES[norm.mean.dtype],
+        norm.mean.data_ptr(),
+        norm.var.data_ptr(),
+        0 if norm.weight is None else norm.weight.data_ptr(),
+        0 if norm.bias is None else norm.bias.data_ptr(),
+        norm.eps,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..build_info import extension_missing
-from ..dispatch import ACTIVATION_CODES, DTYPE_CODES
+from ..dispatch import ACTIVATION_CODES, DTYPE_CODES, OUTPUT_ACTIVATION_CODES, BatchNorm
+from . import reference
 from .self_check import self_check
 
 _native: Any
@@ -27,9 +28,19 @@ _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 _NO_DEVICE = 100  # cudaErrorNoDevice
 _NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 
-# Memory the kernels borrow, by (device, stream): launches on one stream follow each other, so they can
-# share. [scratch, any content; tickets, int32, zero between launches]
-_workspaces: dict[tuple[int, int], list[Tensor]] = {}
+
+class _Workspace:
+    """Memory that the kernels borrow, with what a native call takes: addresses and sizes."""
+
+    def __init__(self, scratch: int, tickets: int, device: int) -> None:
+        where = torch.device("cuda", device)
+        self.scratch = torch.empty(scratch, dtype=torch.uint8, device=where)  # any content
+        self.tickets = torch.zeros(tickets, dtype=torch.int32, device=where)  # zero between launches
+        self.lent = self.scratch.data_ptr(), scratch, self.tickets.data_ptr(), tickets
+
+
+# By (device, stream): launches on one stream follow each other, so they can share.
+_workspaces: dict[tuple[int, int], _Workspace] = {}
 _device_reasons: dict[int, str | None] = {}
 
 
@@ -115,44 +126,29 @@ def refuses(x: Tensor) -> str | None:
     return _device_broken(x.device.index)
 
 
-def _launch(device: torch.device, call: Any, *args: Any) -> None:
+def _launch(device: int, call: Any, *args: Any) -> None:
     """Run a native call with the workspace of the current stream, made larger when the call asks."""
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(device)  # the address alone, without an object around it
     # A graph may be replayed on any stream beside eager calls: what it uses must be its own. Allocated
     # during the capture, the workspace belongs to the graph, and zeroing it is part of every replay.
     shared = not torch.cuda.is_current_stream_capturing()
-    key = (device.index, stream)
-    workspace = _workspaces.get(key) if shared else None
-    for _ in range(2):
-        scratch, tickets = workspace or (None, None)
-        wanted = call(
-            *args,
-            scratch.data_ptr() if scratch is not None else 0,
-            scratch.numel() if scratch is not None else 0,
-            tickets.data_ptr() if tickets is not None else 0,
-            tickets.numel() if tickets is not None else 0,
-            device.index,
-            stream,
-        )
-        if wanted is None:
-            return
-        least = (1 << 20, 1 << 12) if shared else (1, 1)
-        have = (scratch.numel(), tickets.numel()) if scratch is not None and tickets is not None else (0, 0)
-        scratch_bytes, ticket_count = (max(n) for n in zip(least, have, wanted))
-        workspace = [
-            torch.empty(scratch_bytes, dtype=torch.uint8, device=device),
-            torch.zeros(ticket_count, dtype=torch.int32, device=device),
-        ]
-        if shared:
-            _workspaces[key] = workspace
+    workspace = _workspaces.get((device, stream)) if shared else None
+    lent = workspace.lent if workspace else (0, 0, 0, 0)
+    wanted = call(*args, *lent, device, stream)
+    if wanted is None:
+        return
+    least = (1 << 20, 1 << 12) if shared else (1, 1)
+    scratch, tickets = (max(n) for n in zip(least, lent[1::2], wanted))
+    workspace = _Workspace(scratch, tickets, device)
+    if shared:
+        _workspaces[device, stream] = workspace
+    call(*args, *workspace.lent, device, stream)
 
 
-def channel_stats(
+def _map_arguments(
     x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
-) -> None:
-    _launch(
-        x.device,
-        _native.channel_stats,
+) -> tuple[Any, ...]:
+    return (
         x.data_ptr(),
         DTYPE_CODES[x.dtype],
         x.shape,
@@ -165,9 +161,49 @@ def channel_stats(
     )
 
 
+def channel_stats(
+    x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
+) -> None:
+    _launch(
+        x.device.index,
+        _native.channel_stats,
+        *_map_arguments(x, channel_dim, sample_dim, activation, state, accumulate),
+    )
+
+
+def bn_act_stats(
+    x: Tensor,
+    norm: BatchNorm,
+    act: str,
+    y: Tensor,
+    channel_dim: int,
+    sample_dim: int,
+    activation: str,
+    state: Tensor,
+    accumulate: bool,
+) -> None:
+    if x.dtype is torch.float64:  # too rare for kernels that everybody would have to compile
+        reference.bn_act(x, norm, act, y, channel_dim)
+        channel_stats(x, channel_dim, sample_dim, activation, state, accumulate)
+        return
+    _launch(
+        x.device.index,
+        _native.bn_act_stats,
+        *_map_arguments(x, channel_dim, sample_dim, activation, state, accumulate),
+        y.data_ptr(),
+        norm.mean.data_ptr(),
+        norm.var.data_ptr(),
+        0 if norm.weight is None else norm.weight.data_ptr(),
+        0 if norm.bias is None else norm.bias.data_ptr(),
+        DTYPE_CODES[norm.mean.dtype],
+        norm.eps,
+        OUTPUT_ACTIVATION_CODES[act],
+    )
+
+
 def pair_stats(x: Tensor, y: Tensor, row_dims: int, out: Tensor) -> None:
     _launch(
-        x.device,
+        x.device.index,
         _native.pair_stats,
         x.data_ptr(),
         y.data_ptr(),

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS = {"relu": F.relu, "identity": lambda y: y, "gelu": F.gelu, "silu": F.silu}
+from ..dispatch import BatchNorm
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "identity": lambda y: y,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+}
 
 
 def unavailable() -> str | None:
@@ -73,6 +82,29 @@ def merge_states(a: Tensor, b: Tensor) -> Tensor:
     )
     # An empty side, whose min and max say nothing yet, leaves the other as it is.
     return torch.where(a[0] == 0, b, torch.where(b[0] == 0, a, merged))
+
+
+def bn_act_stats(
+    x: Tensor,
+    norm: BatchNorm,
+    act: str,
+    y: Tensor,
+    channel_dim: int,
+    sample_dim: int,
+    activation: str,
+    state: Tensor,
+    accumulate: bool,
+) -> None:
+    bn_act(x, norm, act, y, channel_dim)
+    channel_stats(x, channel_dim, sample_dim, activation, state, accumulate)
+
+
+def bn_act(x: Tensor, norm: BatchNorm, act: str, y: Tensor, channel_dim: int) -> None:
+    """Write ``act(norm(x))`` into ``y``, computed in float64."""
+    mean, var, weight, bias = (None if t is None else t.detach().to(torch.float64) for t in norm[:4])
+    wide = x.detach().to(torch.float64).movedim(channel_dim, 1)
+    normalized = F.batch_norm(wide, mean, var, weight, bias, training=False, eps=norm.eps)
+    y.copy_(_ACTIVATIONS[act](normalized).movedim(1, channel_dim))
 
 
 def pair_stats(x: Tensor, y: Tensor, row_dims: int, out: Tensor) -> None:

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
+import struct
 import sys
 import time
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import ACTIVATION_CODES, DTYPE_CODES
+from ..dispatch import ACTIVATION_CODES, DTYPE_CODES, OUTPUT_ACTIVATION_CODES, BatchNorm
 from ..errors import BackendUnavailable
 from . import triton_plan as plans
 from .self_check import self_check
@@ -206,19 +207,51 @@ def _launch(
 def channel_stats(
     x: Tensor, channel_dim: int, sample_dim: int, activation: str, state: Tensor, accumulate: bool
 ) -> None:
+    _channel_kernel(x, None, None, None, channel_dim, sample_dim, activation, state, accumulate)
+
+
+def bn_act_stats(
+    x: Tensor,
+    norm: BatchNorm,
+    act: str,
+    y: Tensor,
+    channel_dim: int,
+    sample_dim: int,
+    activation: str,
+    state: Tensor,
+    accumulate: bool,
+) -> None:
+    _channel_kernel(x, norm, act, y, channel_dim, sample_dim, activation, state, accumulate)
+
+
+def _channel_kernel(
+    x: Tensor,
+    norm: BatchNorm | None,
+    act: str | None,
+    y: Tensor | None,
+    channel_dim: int,
+    sample_dim: int,
+    activation: str,
+    state: Tensor,
+    accumulate: bool,
+) -> None:
+    """Statistics of ``x``; with a ``norm``, also ``y``."""
     shape, stride = tuple(x.shape), x.stride()
     what = (
         channel_dim,
         sample_dim,
         x.element_size(),
-        x.data_ptr() % 16 == 0,
+        x.data_ptr() % 16 == 0 and (y is None or y.data_ptr() % 16 == 0),
         _multiprocessors(x.device.index),
     )
+    parameters: tuple[Tensor | int | None, ...] = (None,) * 6
+    if norm is not None:
+        parameters = (*norm[:4], *struct.unpack("<ii", struct.pack("<d", norm.eps)))
 
     def plan(config: plans.Config) -> plans.ChannelPlan:
-        return plans.plan_channel_stats(shape, stride, *what, config)
+        return plans.plan_channel_stats(shape, stride, *what, config, activation, act)
 
-    def run(config: plans.Config, state: Tensor, accumulate: bool) -> None:
+    def run(config: plans.Config, y: Tensor | None, state: Tensor, accumulate: bool) -> None:
         p = plan(config)
         scratch, tickets = _workspace(x.device, p.scratch, p.tickets)
         along = p.vec if p.rows else 1  # the unit of what runs along the positions
@@ -233,6 +266,8 @@ def channel_stats(
             scratch,
             tickets,
             state,
+            y,
+            *parameters,
             shape[sample_dim],
             shape[channel_dim] // (p.vec if p.columns else 1),
             p.positions // along,
@@ -249,15 +284,20 @@ def channel_stats(
             p.piece // along,
             int(accumulate),
             ACTIVATION=ACTIVATION_CODES[activation],
+            ACT=None if act is None else OUTPUT_ACTIVATION_CODES[act],
             **p.constants(),
         )
+
+    def try_out(config: plans.Config) -> None:
+        run(config, None if y is None else torch.empty_like(y), torch.empty_like(state), False)
 
     config = plans.DEFAULT
     if TUNE_VARIABLE in os.environ:
         p = plan(config)
-        key = ("channel_stats", x.dtype, shape[channel_dim], p.positions, activation, p.constants())
-        config = _tuned_config(x.device, key, lambda c: run(c, torch.empty_like(state), False))
-    run(config, state, accumulate)
+        op = "channel_stats" if norm is None else f"bn_act_stats {act} {norm.mean.dtype}"
+        key = (op, x.dtype, shape[channel_dim], p.positions, activation, p.constants())
+        config = _tuned_config(x.device, key, try_out)
+    run(config, y, state, accumulate)
 
 
 def pair_stats(x: Tensor, y: Tensor, row_dims: int, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 # ruff: noqa: SIM108 -- both sides of a conditional expression are compiled
 """The Triton kernels. Importing this imports Triton; ``triton.py`` does so at the first call.
 
@@ -11,7 +11,7 @@ found them to be multiples of it: multiplied again here, the compiler knows, and
 import triton
 import triton.language as tl
 
-RELU, IDENTITY, GELU = (tl.constexpr(code) for code in range(3))
+RELU, IDENTITY, GELU, SILU, RELU6, HARDSWISH = (tl.constexpr(code) for code in range(6))
 QUANTITIES = tl.constexpr(9)  # of a record, see channel_kernel
 
 
@@ -25,6 +25,24 @@ def _activate(y, ACTIVATION: tl.constexpr):
         return 0.5 * y * (1.0 + tl.erf(y * 0.70710678118654752))
     else:
         return y / (1.0 + tl.exp(-y))
+
+
+@triton.jit
+def _clamp6(n):
+    return tl.where(n < 0.0, 0.0, tl.where(n > 6.0, 6.0, n))
+
+
+@triton.jit
+def _output(n, ACT: tl.constexpr):
+    """What is written for a normalized value. NaN stays NaN, which the smaller or larger of two may leave out."""
+    if ACT == RELU:
+        return tl.where(n < 0.0, 0.0, n)
+    elif ACT == RELU6:
+        return _clamp6(n)
+    elif ACT == HARDSWISH:
+        return n * (_clamp6(n + 3.0) * 0.16666666666666666)  # in this order large values do not overflow
+    else:
+        return _activate(n, ACT)
 
 
 @triton.jit
@@ -96,6 +114,36 @@ def _take(y, there, k, fill, s, sq, positive, low, high, RUN: tl.constexpr, MASK
         low = tl.minimum(low, filled)
         high = tl.maximum(high, filled)
     return s, sq, positive, low, high
+
+
+@triton.jit
+def _norm(mean, var, weight, bias, eps_low, eps_high, channel, there, REAL: tl.constexpr):
+    """Center, scale and offset of a batch norm. A float argument has 32 bits: eps comes as the halves of its 64."""
+    bits = (eps_high.to(tl.int64) << 32) | (eps_low.to(tl.int64) & 0xFFFFFFFF)
+    eps = bits.to(tl.float64, bitcast=True).to(REAL)
+    center = tl.load(mean + channel, mask=there, other=0.0).to(REAL)
+    root = _root(tl.load(var + channel, mask=there, other=1.0).to(REAL) + eps)
+    if weight is None:
+        scale = 1.0 / root
+    else:
+        scale = tl.load(weight + channel, mask=there, other=1.0).to(REAL) / root
+    if bias is None:
+        offset = tl.zeros_like(center)
+    else:
+        offset = tl.load(bias + channel, mask=there, other=0.0).to(REAL)
+    return center, scale, offset
+
+
+@triton.jit
+def _write(to, places, taken, there, center, scale, offset, ACT: tl.constexpr, MASKED: tl.constexpr):
+    """Writes the tiles that one step took. All its loads come before: behind a store they would have to wait, as it
+    might change what they read for all that the compiler knows."""
+    for u in tl.static_range(len(taken)):
+        n = _output((taken[u].to(center.dtype) - center) * scale + offset, ACT).to(to.dtype.element_ty)
+        if MASKED:
+            tl.store(to + places[u], n, mask=there[u])
+        else:
+            tl.store(to + places[u], n)
 
 
 @triton.jit
@@ -192,7 +240,8 @@ def _add_to(p, value, there, old):
 
 @triton.jit(
     do_not_specialize=[
-        "records", "tickets", "state", "samples", "channels", "positions", "sample_stride", "channel_stride",
+        "records", "tickets", "state", "bn_mean", "bn_var", "bn_weight", "bn_bias", "eps_low", "eps_high",
+        "samples", "channels", "positions", "sample_stride", "channel_stride",
         "n0", "n1", "n2", "s0", "s1", "s2", "s3",
         "tiles", "sample_blocks", "per_block", "pieces", "piece", "accumulate",
     ]
@@ -202,6 +251,13 @@ def channel_kernel(
     records,  # sample_blocks x pieces x tiles x QUANTITIES x CHANNELS doubles; then the same for whole rows
     tickets,  # tiles; then sample_blocks x tiles where rows come in pieces
     state,  # 11 x channels doubles
+    result,  # as x, or None, and then so are the next six
+    bn_mean,  # channels numbers, as are the next three
+    bn_var,
+    bn_weight,  # or None
+    bn_bias,  # or None
+    eps_low,
+    eps_high,
     samples,
     channels,
     positions,
@@ -221,6 +277,7 @@ def channel_kernel(
     piece,
     accumulate,
     ACTIVATION: tl.constexpr,
+    ACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VEC: tl.constexpr,
@@ -240,7 +297,10 @@ def channel_kernel(
     squared deviations, sum of |y|, of act(y)², number of positives, sums over samples of the two roots, smallest,
     largest. The last program of a row adds its pieces up and takes the roots; the last of a channel tile adds all up
     and merges them into the state.
+
+    With a ``result``, the tiles that are added up are also normalized, activated and written to the same places of it.
     """
+    WRITE: tl.constexpr = result is not None
     REAL: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     RUN: tl.constexpr = VEC if ROWS else 1  # neighbouring positions that a thread takes at once
     WIDTH: tl.constexpr = LANES * RUN
@@ -279,9 +339,15 @@ def channel_kernel(
     lane = tl.arange(0, WIDTH)[None, None, :]
     channel = tile * CHANNELS + c
     if COLUMNS:
-        base = x + channel
+        of_channel = channel
     else:
-        base = x + channel.to(tl.int64) * channel_stride
+        of_channel = channel.to(tl.int64) * channel_stride
+    base = x + of_channel
+    if WRITE:
+        to = result + of_channel
+        center, scale, bias = _norm(
+            bn_mean, bn_var, bn_weight, bn_bias, eps_low, eps_high, channel, channel < channels, REAL
+        )
     first_sample = block * per_block
     last_sample = tl.minimum(first_sample + per_block, samples)
     begin = part * piece
@@ -325,6 +391,7 @@ def channel_kernel(
     mean_of = 1.0 / positions.to(REAL)
     for first in range(first_sample, last_sample, ROUND):
         if OVER_SAMPLES:  # a row is a run of one thread
+            taken, places, masks = (), (), ()
             for u in tl.static_range(UNROLL):
                 sample = first + u * SAMPLES + b
                 position = begin + lane
@@ -332,7 +399,11 @@ def channel_kernel(
                 offset = sample.to(tl.int64) * sample_stride + _walk(
                     position, n0, n1, n2, n2, s0, s1, s2, s3, s3, DIMS=DIMS, INNER=ROWS
                 )
-                y = tl.load(base + offset, mask=there, other=0.0).to(REAL)
+                v = tl.load(base + offset, mask=there, other=0.0)
+                taken += (v,)
+                places += (offset,)
+                masks += (there,)
+                y = v.to(REAL)
                 s, sq, positive, low, high = _take(
                     y, there, k, fill, s, sq, positive, low, high, RUN, MASKED=True
                 )
@@ -343,39 +414,56 @@ def channel_kernel(
                 act_sq += row_sq
                 norm += _root(row_sq)
                 abs_mean_sq += (row_abs * mean_of) * (row_abs * mean_of)
+            if WRITE:
+                _write(to, places, taken, masks, center, scale, bias, ACT, MASKED=True)
         else:
             lane_abs = tl.zeros([SAMPLES, CHANNELS, LANES], REAL)
             lane_sq = tl.zeros([SAMPLES, CHANNELS, LANES], REAL)
             sample = first + b
             rows = base + sample.to(tl.int64) * sample_stride
+            if WRITE:
+                to_rows = to + sample.to(tl.int64) * sample_stride
             rows_there = (sample < last_sample) & (channel < channels)
             whole_end = begin
             if WHOLE:
                 whole = (first + SAMPLES <= last_sample) & ((tile + 1) * CHANNELS <= channels)
                 whole_end = begin + tl.where(whole, (end - begin) // STEP * STEP, 0)
                 for at in range(begin, whole_end, STEP):
+                    taken, places = (), ()
                     for u in tl.static_range(UNROLL):
                         position = at + u * WIDTH + lane
                         along = _walk(position, n0, n1, n2, n2, s0, s1, s2, s3, s3, DIMS=DIMS, INNER=ROWS)
-                        y = tl.load(rows + along).to(REAL)
+                        v = tl.load(rows + along)
+                        taken += (v,)
+                        places += (along,)
+                        y = v.to(REAL)
                         s, sq, positive, low, high = _take(
                             y, y, k, fill, s, sq, positive, low, high, RUN, MASKED=False
                         )
                         a = _activate(y, ACTIVATION)
                         lane_abs += _within(tl.abs(y), RUN)
                         lane_sq += _within(a * a, RUN)
+                    if WRITE:
+                        _write(to_rows, places, taken, taken, center, scale, bias, ACT, MASKED=False)
             for at in range(whole_end, end, STEP):
+                taken, places, masks = (), (), ()
                 for u in tl.static_range(UNROLL):
                     position = at + u * WIDTH + lane
                     there = rows_there & (position < end)
                     along = _walk(position, n0, n1, n2, n2, s0, s1, s2, s3, s3, DIMS=DIMS, INNER=ROWS)
-                    y = tl.load(rows + along, mask=there, other=0.0).to(REAL)
+                    v = tl.load(rows + along, mask=there, other=0.0)
+                    taken += (v,)
+                    places += (along,)
+                    masks += (there,)
+                    y = v.to(REAL)
                     s, sq, positive, low, high = _take(
                         y, there, k, fill, s, sq, positive, low, high, RUN, MASKED=True
                     )
                     a = _activate(y, ACTIVATION)
                     lane_abs += _within(tl.abs(y), RUN)
                     lane_sq += _within(a * a, RUN)
+                if WRITE:
+                    _write(to_rows, places, taken, masks, center, scale, bias, ACT, MASKED=True)
             row_abs = tl.sum(lane_abs, 2)
             row_sq = tl.sum(lane_sq, 2)
             abs_sum += row_abs

@@ -156,8 +156,13 @@ def plan_channel_stats(
     aligned: bool,
     multiprocessors: int,
     config: Config = DEFAULT,
+    activation: str = "relu",
+    act: str | None = None,
 ) -> ChannelPlan:
-    """The plan for a map; ``aligned``: its address is a multiple of 16.
+    """The plan for a map; ``aligned``: its address is a multiple of 16, and that of what is written.
+
+    ``activation`` and ``act`` (of ``bn_act_stats``) bear on the number of registers alone: the sums of both ops are
+    the same bits.
 
     A tile is ``unroll`` x ``samples_tile`` x ``channels_tile`` x ``lanes`` elements, or vectors of ``vec`` along the
     positions where these are neighbours. A thread keeps the unrolled values of one place of the other three, so a
@@ -242,9 +247,9 @@ def plan_channel_stats(
         lanes=lanes,
         merge_tile=max(2 * threads // channels_tile, 1),
         warps=config.warps,
-        # Three programs of 256 threads on a multiprocessor; two where a thread keeps sums for several channels,
-        # or one where it would spill then.
-        registers=_registers(channels_first, itemsize == 8 or (channels_first and over_samples)),
+        registers=_registers(
+            channels_first, channels_first and over_samples, itemsize == 8, len(dims) > 1, activation, act
+        ),
         sizes=(ascending[0][0], ascending[1][0], ascending[2][0]),
         strides=(ascending[0][1], ascending[1][1], ascending[2][1], ascending[3][1]),
         positions=positions,
@@ -256,10 +261,17 @@ def plan_channel_stats(
     )
 
 
-def _registers(channels_first: bool, many: bool) -> int:
-    if channels_first:
-        return 168 if many else 128
-    return 128 if many else 80
+def _registers(
+    columns: bool, alone: bool, double: bool, split: bool, activation: str, act: str | None
+) -> int:
+    """Registers of a thread, at most: for three programs of 256 threads on a multiprocessor, for two, or for one where
+    a thread keeps sums for several channels, wide numbers or values still to be written, and would spill them."""
+    need = columns + (alone or double)
+    if act is not None:
+        need += (need > 0 or split) + ("silu" in (activation, act))
+    if "gelu" in (activation, act):
+        need += 2 * double + (act is not None)
+    return (80, 128, 168, 255)[min(need, 3)]
 
 
 @dataclass(frozen=True)

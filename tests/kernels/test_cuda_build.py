@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
+from idap_kernels.backends import cuda, reference
 from idap_kernels.build_info import build_info
+from idap_kernels.dispatch import BatchNorm
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 ARCHS = ["75", "80", "86", "89", "90", "120"]
@@ -24,6 +27,8 @@ RESIDENT = {"channel_rows": 3, "channel_columns": 2, "pair_kernel": 3, "filter_k
 KERNELS = {
     "channel_rows": 10,
     "channel_columns": 8,
+    "bn_act_rows": 8,
+    "bn_act_columns": 6,
     "pair_stats": 8,
     "filter_norms": 1,
 }  # compiled from each file
@@ -109,7 +114,7 @@ def test_resources(reports: dict[str, list[Report]]) -> None:
         assert r.stack == 0, r
         assert r.spills == 0, r
         if r.kernel in RESIDENT:
-            double = "IdLi" in r.instance and r.kernel == "channel_rows"
+            double = "EdLi" in r.instance and r.kernel == "channel_rows"
             wanted = 2 if double else RESIDENT[r.kernel]
             rounded = -(-r.registers // 8) * 8  # registers are handed out in eights
             assert REGISTERS_PER_MULTIPROCESSOR // (rounded * THREADS) >= wanted, r
@@ -131,10 +136,82 @@ def test_the_build_spilled_nothing(arch: str) -> None:
     assert 0 < said["registers"] <= 128  # two blocks of 256 threads on a multiprocessor
 
 
+@pytest.mark.skipif(cuda._native is None, reason="no CUDA kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_the_backend_hands_to_the_binding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Without a workspace a native call launches nothing and says how much it wants: no GPU is asked."""
+    wanted = []
+    monkeypatch.setattr(
+        cuda, "_launch", lambda device, call, *args: wanted.append(call(*args, 0, 0, 0, 0, 0, 0))
+    )
+    x, state = torch.zeros(4, 6, 64, 64, dtype=dtype), torch.zeros(11, 6, dtype=torch.float64)
+    mean, var, weight, bias = torch.rand(4, 6)
+    cuda.channel_stats(x, 1, 0, "relu", state, False)
+    for norm in (BatchNorm(mean, var, weight, bias, 1e-5), BatchNorm(mean, var, None, None, 1e-5)):
+        for act in ("relu", "hardswish"):
+            cuda.bn_act_stats(x, norm, act, torch.empty_like(x), 1, 0, "gelu", state, True)
+    scratch, tickets = wanted[0]
+    assert scratch > 0
+    assert tickets > 0
+    assert wanted == [wanted[0]] * 5
+
+
+def test_a_workspace_grows_and_belongs_to_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing, made, lent = False, [], []
+
+    class Memory:
+        def __init__(self, scratch: int, tickets: int, device: int) -> None:
+            self.lent = (1000 + len(made), scratch, 2000 + len(made), tickets)
+            made.append((scratch, tickets))
+
+    def call(wanted: tuple[int, int], *rest: int) -> tuple[int, int] | None:
+        if rest[1] < wanted[0] or rest[3] < wanted[1]:
+            return wanted
+        lent.append(rest)
+        return None
+
+    monkeypatch.setattr(cuda, "_Workspace", Memory)
+    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7 + device, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    least = (1 << 20, 1 << 12)
+    cuda._launch(0, call, (100, 5))
+    cuda._launch(0, call, (200, 6))
+    assert made == [least]
+    assert lent == [(1000, least[0], 2000, least[1], 0, 7)] * 2
+    cuda._launch(0, call, (1 << 21, 5))
+    cuda._launch(0, call, (100, 5))
+    assert made[1:] == [(1 << 21, least[1])]
+    assert lent[2] == lent[3]
+    cuda._launch(1, call, (100, 5))
+    assert made[2:] == [least]
+    assert lent[4][4:] == (1, 8)
+    capturing = True
+    cuda._launch(0, call, (300, 5))
+    assert made[3:] == [(300, 5)]  # its own, and no larger than it needs
+    capturing = False
+    cuda._launch(0, call, (100, 5))
+    assert lent[6] == lent[3]
+
+
+def test_float64_is_written_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "channel_stats", reference.channel_stats)
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    mean, var, weight, bias = torch.rand(4, 5)
+    for norm in (BatchNorm(mean, var, weight, bias, 1e-5), BatchNorm(mean, var, None, None, 1e-5)):
+        got, wanted = [
+            (torch.empty_like(x), torch.zeros(11, 5, dtype=torch.float64)) for _ in range(2)
+        ]  # fmt: skip
+        cuda.bn_act_stats(x, norm, "gelu", got[0], 2, 0, "silu", got[1], False)
+        reference.bn_act_stats(x, norm, "gelu", wanted[0], 2, 0, "silu", wanted[1], False)
+        for a, b in zip(got, wanted):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
 def test_the_report_is_understood() -> None:
-    log = """ptxas info    : Compiling entry function '_ZN4idap12channel_rowsIfLi4ELi4EEEvNS' for 'sm_75'
-ptxas info    : Function properties for _ZN4idap12channel_rowsIfLi4ELi4EEEvNS
+    log = """ptxas info    : Compiling entry function '_ZN4idap12channel_rowsINS_7NoWriteEfLi4EEEvNS' for 'sm_75'
+ptxas info    : Function properties for _ZN4idap12channel_rowsINS_7NoWriteEfLi4EEEvNS
     24 bytes stack frame, 20 bytes spill stores, 44 bytes spill loads
 ptxas info    : Used 80 registers, used 1 barriers, 24 bytes cumulative stack size, 18440 bytes smem
 """
-    assert parse(log) == [Report("channel_rows", "IfLi4ELi4EEEvNS", "75", 80, 24, 64, 18440)]
+    assert parse(log) == [Report("channel_rows", "INS_7NoWriteEfLi4EEEvNS", "75", 80, 24, 64, 18440)]

@@ -22,12 +22,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from idap_kernels.backends import reference
-from idap_kernels.dispatch import ACTIVATION_CODES, DTYPE_CODES
+from idap_kernels.dispatch import ACTIVATION_CODES, DTYPE_CODES, OUTPUT_ACTIVATION_CODES, BatchNorm
 
 from .common import SHAPES, TOLERANCE, assert_state_close, layouts
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ["channel_rows", "channel_columns", "channel_stats", "pair_stats", "filter_norms"]
+KERNELS = [
+    *["channel_rows", "channel_columns", "bn_act_rows", "bn_act_columns", "channel_stats"],
+    *["pair_stats", "filter_norms"],
+]
 FLAGS = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-Wno-unknown-pragmas"]
 THREADS = 256
 QUANTITIES = 9
@@ -98,6 +101,7 @@ class Emulator:
         channel_dim: int = 1,
         sample_dim: int = 0,
         address: int = 0,
+        y_address: int = 0,
     ) -> dict[str, int]:
         out = _ints([0] * len(CHANNEL_FIELDS))
         code = self.lib.channel_plan(
@@ -108,13 +112,20 @@ class Emulator:
             _ints(strides),
             channel_dim,
             sample_dim,
+            ctypes.c_void_p(y_address),
             out,
         )
         assert code == 0, "no plan"
         return dict(zip(CHANNEL_FIELDS, out))
 
-    def plan_of(self, x: Tensor, channel_dim: int = 1, sample_dim: int = 0) -> dict[str, int]:
-        return self.channel_plan(x.shape, x.stride(), x.dtype, channel_dim, sample_dim, x.data_ptr())
+    def plan_of(
+        self, x: Tensor, channel_dim: int = 1, sample_dim: int = 0, y: Tensor | None = None
+    ) -> dict[str, int]:
+        """The plan of channel_stats, or with ``y`` of bn_act_stats."""
+        y_address = 0 if y is None else y.data_ptr()
+        return self.channel_plan(
+            x.shape, x.stride(), x.dtype, channel_dim, sample_dim, x.data_ptr(), y_address
+        )
 
     def channel_stats(
         self,
@@ -126,7 +137,68 @@ class Emulator:
         order: int = 0,
         counts: Tensor | None = None,
     ) -> Tensor:
-        plan = self.plan_of(x, channel_dim, sample_dim)
+        return self._channel_call(
+            self.lib.channel_stats, (), x, None, channel_dim, sample_dim, activation, state, order, counts
+        )
+
+    def bn_act_stats(
+        self,
+        x: Tensor,
+        norm: BatchNorm,
+        act: str = "relu",
+        channel_dim: int = 1,
+        sample_dim: int = 0,
+        activation: str = "relu",
+        state: Tensor | None = None,
+        order: int = 0,
+        counts: Tensor | None = None,
+        y_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """y, ``y_offset`` elements past an aligned address, and the statistics."""
+        memory = Guarded(x.numel() + y_offset, 77, x.dtype)
+        y = torch.as_strided(memory.all, x.shape, x.stride(), Guarded.WALL + y_offset)
+        stores = torch.zeros(memory.inside.nbytes, dtype=torch.int16)
+        parameters = (ctypes.c_void_p * 4)(*[t.data_ptr() if t is not None else 0 for t in norm[:4]])
+        extra = (
+            ctypes.c_void_p(y.data_ptr()),
+            parameters,
+            DTYPE_CODES[norm.mean.dtype],
+            ctypes.c_double(norm.eps),
+            OUTPUT_ACTIVATION_CODES[act],
+        )
+
+        def prepare() -> None:
+            self.allow(*(t for t in norm[:4] if t is not None))
+            self.lib.emulation_writable(
+                ctypes.c_void_p(memory.inside.data_ptr()),
+                ctypes.c_int64(memory.inside.nbytes),
+                ctypes.c_void_p(stores.data_ptr()),
+            )
+
+        result = self._channel_call(
+            self.lib.bn_act_stats, extra, x, y, channel_dim, sample_dim, activation, state, order, counts, prepare
+        )  # fmt: skip
+        memory.check()
+        gap = y_offset * x.element_size()
+        assert (stores[:gap] == 0).all(), "a store in front of y"
+        assert (stores[gap:] == 1).all(), "an element of y was not stored exactly once"
+        return y.clone(), result
+
+    def _channel_call(
+        self,
+        call: Callable[..., int],
+        extra: Sequence[object],
+        x: Tensor,
+        y: Tensor | None,
+        channel_dim: int,
+        sample_dim: int,
+        activation: str,
+        state: Tensor | None,
+        order: int,
+        counts: Tensor | None,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        plan = self.plan_of(x, channel_dim, sample_dim, y)
         channels = x.shape[channel_dim]
         target = Guarded(11 * channels, math.nan)
         if state is not None:
@@ -141,8 +213,9 @@ class Emulator:
             self.lib.emulation_watch(
                 ctypes.c_void_p(x.untyped_storage().data_ptr()), size, ctypes.c_void_p(counts.data_ptr())
             )
+        prepare()
         self.done(
-            self.lib.channel_stats(
+            call(
                 ctypes.c_void_p(x.data_ptr()),
                 DTYPE_CODES[x.dtype],
                 x.dim(),
@@ -153,6 +226,7 @@ class Emulator:
                 ACTIVATION_CODES[activation],
                 int(state is not None),
                 ctypes.c_void_p(target.inside.data_ptr()),
+                *extra,
                 ctypes.c_void_p(scratch.inside.data_ptr()),
                 ctypes.c_int64(plan["scratch"]),
                 ctypes.c_void_p(tickets.inside.data_ptr()),
@@ -334,6 +408,10 @@ LAYOUTS: dict[str, Layout] = {
     "five dimensions": lambda t: (randn(2, 4, 3, 5, 7, dtype=t).permute(0, 1, 4, 2, 3), 1, 0),
     "six dimensions": lambda t: (randn(2, 3, 4, 5, 6, 7, dtype=t)[:, :, ::2, 1:, ::3, 2:], 1, 0),
     "channels outermost": lambda t: (randn(7, 3, 50, dtype=t), 0, 1),
+    "split rows": lambda t: (randn(6, 3, 37, 8, dtype=t), 2, 1),  # positions on both sides of the others
+    "split long rows": lambda t: (randn(60, 2, 3, 70, dtype=t), 2, 1),
+    "split tokens": lambda t: (randn(20, 3, 17, 24, dtype=t), 3, 1),
+    "three runs": lambda t: (randn(5, 3, 6, 4, 7, dtype=t), 3, 1),
     "sample innermost": lambda t: (randn(5, 60, 9, dtype=t), 0, 2),
 }
 
@@ -394,13 +472,10 @@ def test_bits_do_not_depend_on_the_order_of_threads_and_blocks(emulator: Emulato
         assert torch.equal(runs[0].view(torch.int64), other.view(torch.int64))
 
 
-@pytest.mark.parametrize(
-    "layout", ["7x7", "long rows", "tokens", "channels-last", "slice of positions", "vectors"]
-)
-def test_every_element_is_read_once(emulator: Emulator, layout: str) -> None:
-    x, channel_dim, sample_dim = LAYOUTS[layout](F32)
-    counts = torch.zeros(x.untyped_storage().nbytes(), dtype=torch.int16)
-    emulator.channel_stats(x, channel_dim, sample_dim, counts=counts)
+READ_ONCE = ["7x7", "long rows", "tokens", "channels-last", "slice of positions", "vectors"]
+
+
+def assert_read_once(x: Tensor, channel_dim: int, sample_dim: int, counts: Tensor) -> None:
     per_element = counts.view(-1, 4)[:, 0]
     inside = torch.zeros_like(per_element)
     torch.as_strided(inside, x.shape, x.stride(), x.storage_offset()).fill_(1)
@@ -410,6 +485,14 @@ def test_every_element_is_read_once(emulator: Emulator, layout: str) -> None:
     plain = pivots == 0
     assert torch.equal(per_element[plain], inside[plain])
     assert (per_element[~plain] >= 1).all()
+
+
+@pytest.mark.parametrize("layout", READ_ONCE)
+def test_every_element_is_read_once(emulator: Emulator, layout: str) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](F32)
+    counts = torch.zeros(x.untyped_storage().nbytes(), dtype=torch.int16)
+    emulator.channel_stats(x, channel_dim, sample_dim, counts=counts)
+    assert_read_once(x, channel_dim, sample_dim, counts)
 
 
 @pytest.mark.parametrize("layout", ["7x7", "long rows", "tokens", "vectors", "3 channels of 5"])
@@ -487,6 +570,184 @@ def test_constant_channels_have_no_variance(emulator: Emulator) -> None:
         got = emulator.channel_stats(x, channel_dim, sample_dim)
         assert (got[M2] <= 1e-12 * got[0]).all()
         assert (got[MIN] == got[MAX]).all()
+
+
+# --------------------------------------------------------------------------------- bn_act_stats
+
+# Half a unit in the last place of a number rounded to the type, and float32's own errors before that.
+ROUNDING = {F32: 2e-6, F16: 2**-11 * 1.01, BF16: 2**-8 * 1.01}
+ACTS = list(OUTPUT_ACTIVATION_CODES)
+
+
+def dense(x: Tensor) -> Tensor:
+    """A map without gaps or overlaps, as bn_act_stats hands them to a backend."""
+    y = torch.empty_like(x)
+    return x if x.stride() == y.stride() else y.copy_(x)
+
+
+def batch_norm(channels: int, dtype: torch.dtype = F32, given: str = "weight bias") -> BatchNorm:
+    mean, spread, weight, bias = randn(4, channels, seed=7)
+    weight[::5] = 0
+    return BatchNorm(
+        mean.to(dtype),
+        (spread.square() + 0.1).to(dtype),
+        weight.to(dtype) if "weight" in given else None,
+        bias.to(dtype) if "bias" in given else None,
+        1e-3,
+    )
+
+
+def assert_y(y: Tensor, x: Tensor, norm: BatchNorm, act: str, channel_dim: int) -> None:
+    want, ignored = torch.empty_like(x, dtype=F64), torch.empty(11, x.shape[channel_dim], dtype=F64)
+    sample_dim = 1 if channel_dim == 0 else 0
+    reference.bn_act_stats(x, norm, act, want, channel_dim, sample_dim, "relu", ignored, False)
+    assert y.stride() == x.stride()
+    torch.testing.assert_close(y.double(), want, rtol=ROUNDING[x.dtype], atol=4e-6, equal_nan=True)
+    if x.dtype != F32:  # to nearest: what float32 got wrong before may go the other way, beside ties
+        other_way = (y != want.to(y.dtype)) & (want.abs() > 0.01)
+        assert other_way.double().mean() < 0.005
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bn_act_stats_equals_the_reference(emulator: Emulator, layout: str, dtype: torch.dtype) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](dtype)
+    x = dense(x)
+    norm = batch_norm(x.shape[channel_dim])
+    y, state = emulator.bn_act_stats(x, norm, "relu", channel_dim, sample_dim)
+    assert_y(y, x, norm, "relu", channel_dim)
+    assert torch.equal(bits(state), bits(emulator.channel_stats(x, channel_dim, sample_dim)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_bn_act_stats_on_the_shared_grid(emulator: Emulator, dtype: torch.dtype) -> None:
+    for i, shape in enumerate(SHAPES):
+        for x, dims in layouts((randn(*shape) * 1.7 + 0.2).to(dtype)).values():
+            x = dense(x)
+            channel_dim, sample_dim = dims.get("channel_dim", 1) % x.dim(), dims.get("sample_dim", 0)
+            norm, act = batch_norm(x.shape[channel_dim]), ACTS[i % len(ACTS)]
+            y, state = emulator.bn_act_stats(x, norm, act, channel_dim, sample_dim)
+            assert_y(y, x, norm, act, channel_dim)
+            assert torch.equal(bits(state), bits(emulator.channel_stats(x, channel_dim, sample_dim)))
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("layout", ["7x7", "8x8, aligned", "long rows", "tokens", "tokens, odd", "vectors"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_output_activations(emulator: Emulator, layout: str, act: str, dtype: torch.dtype) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](dtype)
+    x *= 3  # past both ends of relu6 and hardswish
+    norm = batch_norm(x.shape[channel_dim])
+    for activation in ("relu", "gelu"):  # of the statistics: it has no say in y
+        y, state = emulator.bn_act_stats(x, norm, act, channel_dim, sample_dim, activation)
+        assert_y(y, x, norm, act, channel_dim)
+        plain = emulator.channel_stats(x, channel_dim, sample_dim, activation)
+        assert torch.equal(bits(state), bits(plain))
+
+
+@pytest.mark.parametrize("given", ["weight bias", "weight", "bias", "neither"])
+@pytest.mark.parametrize("parameters", [F32, F64, F16, BF16], ids=str)
+@pytest.mark.parametrize("layout", ["7x7", "channels-last"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_parameters_of_every_kind(
+    emulator: Emulator, layout: str, dtype: torch.dtype, parameters: torch.dtype, given: str
+) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](dtype)
+    norm = batch_norm(x.shape[channel_dim], parameters, given)
+    y, _ = emulator.bn_act_stats(x, norm, "identity", channel_dim, sample_dim)
+    assert_y(y, x, norm, "identity", channel_dim)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("layout", ["7x7", "8x8, aligned", "long rows", "tokens", "tokens, odd"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_what_is_not_finite_is_written_as_torch_does(
+    emulator: Emulator, layout: str, act: str, dtype: torch.dtype
+) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](dtype)
+    plain = BatchNorm(
+        *torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat_interleave(x.shape[channel_dim]).chunk(4), 0.0
+    )
+    flat = x.movedim((channel_dim, sample_dim), (0, 1)).flatten(2)
+    for i, value in enumerate((math.nan, math.inf, -math.inf, -0.0, 65504.0)):
+        flat[i % flat.shape[0], -1, i] = flat[0, 0, 5 * i] = value
+    x = flat.unflatten(2, [n for d, n in enumerate(x.shape) if d not in (channel_dim, sample_dim)])
+    x = dense(x.movedim((0, 1), (channel_dim, sample_dim)))
+    y, _ = emulator.bn_act_stats(x, plain, act, channel_dim, sample_dim)
+    assert y.isnan().any()
+    assert y.isinf().any() or act == "relu6"
+    assert_y(y, x, plain, act, channel_dim)
+
+
+@pytest.mark.parametrize("layout", ["8x8, aligned", "14x14", "long rows", "tokens", "vectors"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_alignment_of_either_side_narrows_both(emulator: Emulator, layout: str, dtype: torch.dtype) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](dtype)
+    norm = batch_norm(x.shape[channel_dim])
+    for x_offset, y_offset in ((1, 0), (0, 1), (1, 1), (4, 0), (0, 4), (2, 2)):
+        memory = torch.full((x.numel() + x_offset,), math.nan, dtype=dtype)
+        moved = torch.as_strided(memory, x.shape, x.stride(), x_offset).copy_(x)
+        y, state = emulator.bn_act_stats(moved, norm, "silu", channel_dim, sample_dim, y_offset=y_offset)
+        assert_y(y, moved, norm, "silu", channel_dim)
+        assert_states(state, expected(x, channel_dim, sample_dim), dtype)
+
+
+def test_the_plan_minds_the_alignment_of_both_sides(emulator: Emulator) -> None:
+    shape, strides = (2, 64, 32, 32), contiguous_strides((2, 64, 32, 32))
+    last = [64 * 32 * 32, 1, 32 * 64, 64]
+    for dtype, width, narrow in ((F32, 4, 1), (BF16, 8, 4)):
+        size = torch.empty((), dtype=dtype).element_size()
+        for at in ((64, 64 + size), (64 + size, 64)):
+            assert emulator.channel_plan(shape, strides, dtype, address=at[0], y_address=at[1])["vec"] == 1
+            assert emulator.channel_plan(shape, last, dtype, address=at[0], y_address=at[1])["vec"] == 1
+        assert emulator.channel_plan(shape, strides, dtype, address=64, y_address=72)["vec"] == narrow
+        alone = emulator.channel_plan(shape, strides, dtype, address=64)
+        assert emulator.channel_plan(shape, strides, dtype, address=64, y_address=128) == alone
+        assert alone["vec"] == width
+
+
+@pytest.mark.parametrize("layout", ["7x7", "long piece of batch 1", "tokens, many", "many rows"])
+def test_bn_act_bits_do_not_depend_on_the_order(emulator: Emulator, layout: str) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](F32)
+    norm = batch_norm(x.shape[channel_dim])
+    first, *others = [
+        emulator.bn_act_stats(x, norm, "gelu", channel_dim, sample_dim, order=order) for order in (0, 1, 2)
+    ]
+    for other in others:
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("layout", READ_ONCE)
+def test_bn_act_stats_reads_every_element_once(emulator: Emulator, layout: str) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](F32)
+    x = dense(x)
+    counts = torch.zeros(x.untyped_storage().nbytes(), dtype=torch.int16)
+    emulator.bn_act_stats(x, batch_norm(x.shape[channel_dim]), "relu", channel_dim, sample_dim, counts=counts)
+    assert_read_once(x, channel_dim, sample_dim, counts)
+
+
+def test_bn_act_stats_accumulates(emulator: Emulator) -> None:
+    for layout in ("7x7", "long rows", "tokens"):
+        x, channel_dim, sample_dim = LAYOUTS[layout](F32)
+        more, norm = (x * 3 + 100).contiguous(), batch_norm(x.shape[channel_dim])
+        state = plain = torch.zeros(11, x.shape[channel_dim], dtype=F64)
+        for part in (x, more):
+            _, state = emulator.bn_act_stats(part, norm, "relu", channel_dim, sample_dim, state=state)
+            plain = emulator.channel_stats(part, channel_dim, sample_dim, state=plain)
+        assert torch.equal(bits(state), bits(plain))
+
+
+@pytest.mark.parametrize("layout", ["7x7", "8x8, aligned", "tokens"])
+def test_y_survives_a_large_offset(emulator: Emulator, layout: str) -> None:
+    x, channel_dim, sample_dim = LAYOUTS[layout](F32)
+    x, channels = x + 1e4, x.shape[channel_dim]
+    norm = batch_norm(channels)._replace(mean=torch.full((channels,), 1e4))
+    y, _ = emulator.bn_act_stats(x, norm, "identity", channel_dim, sample_dim)
+    assert_y(y, x, norm, "identity", channel_dim)
 
 
 # ---------------------------------------------------------------------------------------- plans

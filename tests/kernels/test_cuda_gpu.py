@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from idap_kernels import ChannelStats, available_backends, channel_stats, filter_norms, pair_stats
+from idap_kernels import (
+    ChannelStats,
+    available_backends,
+    bn_act_stats,
+    channel_stats,
+    filter_norms,
+    pair_stats,
+)
 from idap_kernels.channel_stats import ROWS
-from idap_kernels.dispatch import why_not
+from idap_kernels.dispatch import OUTPUT_ACTIVATION_CODES, why_not
 
 from .common import SHAPES, TOLERANCE, assert_state_close, layouts
 
@@ -89,6 +96,119 @@ def test_nan_stays_in_its_channel(shape, dims):
     assert torch.equal(got[POSITIVE], wanted[POSITIVE])
 
 
+# ------------------------------------------------------------------------------- bn_act_stats
+
+
+def parameters(channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    mean, spread, weight, bias = torch.randn(4, channels, device="cuda")
+    return [t.to(dtype) for t in (mean, spread.square() + 0.1, weight, bias)]
+
+
+def assert_map_close(got: Tensor, wanted: Tensor, what: str) -> None:
+    assert got.dtype == wanted.dtype
+    assert got.stride() == wanted.stride()
+    rounding = max(torch.finfo(got.dtype).eps, 1e-14)
+    rtol, atol = (16 * rounding, 80 * rounding) if got.dtype.itemsize > 2 else (rounding, 1e-5)
+    torch.testing.assert_close(
+        got, wanted, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("act", OUTPUT_ACTIVATION_CODES)
+def test_bn_act_stats_agrees_with_the_reference(dtype, act):
+    for shape in SHAPES:
+        x = (torch.randn(shape, dtype=torch.float64) * 1.7 + 0.2).to(dtype).cuda()
+        for layout, (y, dims) in layouts(x).items():
+            given = parameters(y.shape[dims.get("channel_dim", 1)])
+            got, stats = bn_act_stats(y, *given, act=act, backend="cuda", **dims)
+            wanted, exact = bn_act_stats(y, *given, act=act, backend="reference", **dims)
+            assert_map_close(got, wanted, f"{layout} {shape}")
+            assert_state_close(stats.state, exact.state, TOLERANCE[dtype], f"{layout} {shape}")
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_bn_act_stats_with_parameters_of_another_type(dtype, kind):
+    """Half maps with float32 parameters are what autocast makes."""
+    x = torch.randn(4, 37, 14, 14, device="cuda").to(dtype)
+    mean, var, weight, bias = parameters(37, kind)
+    for given in ((mean, var, weight, bias), (mean, var), (mean, var, weight), (mean, var, None, bias)):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            y = x.contiguous(memory_format=memory)
+            got, _ = bn_act_stats(y, *given, act="identity", backend="cuda")
+            assert_map_close(
+                got, bn_act_stats(y, *given, act="identity", backend="reference")[0], str(memory)
+            )
+
+
+@pytest.mark.parametrize(("shape", "dims"), WORK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bn_act_stats_has_equal_bits_every_time(shape, dims, dtype):
+    x = (torch.randn(shape, device="cuda") + 3).to(dtype)
+    given = parameters(shape[dims.get("channel_dim", 1)])
+    plain = channel_stats(x, backend="cuda", **dims).state
+    first, _ = bn_act_stats(x, *given, backend="cuda", **dims)
+    for _ in range(20):
+        y, stats = bn_act_stats(x, *given, backend="cuda", **dims)
+        assert torch.equal(y, first)
+        assert torch.equal(bits(stats.state), bits(plain))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_bn_act_stats_of_an_unaligned_map(offset):
+    for dtype in (torch.float32, torch.float16):
+        x = torch.randn(4 * 8 * 28 * 28 + offset, device="cuda").to(dtype)[offset:].view(4, 8, 28, 28)
+        given = parameters(8)
+        got, stats = bn_act_stats(x, *given, backend="cuda")
+        wanted, exact = bn_act_stats(x, *given, backend="reference")
+        assert_map_close(got, wanted, str(dtype))
+        assert_state_close(stats.state, exact.state, TOLERANCE[dtype], str(dtype))
+
+
+@pytest.mark.parametrize("act", OUTPUT_ACTIVATION_CODES)
+def test_bn_act_stats_keeps_what_is_not_finite(act):
+    x = torch.randn(2, 4, 8, 8, device="cuda")
+    x[0, :, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    zeros, ones = torch.zeros(4, device="cuda"), torch.ones(4, device="cuda")
+    got, _ = bn_act_stats(x, zeros, ones, act=act, eps=0.0, backend="cuda")
+    assert_map_close(got, bn_act_stats(x, zeros, ones, act=act, eps=0.0, backend="reference")[0], act)
+    assert got[0, :, 0, 0].isnan().all()
+
+
+@pytest.mark.parametrize(("shape", "dims"), WORK)
+def test_bn_act_stats_in_a_graph_and_on_another_stream(shape, dims):
+    x = torch.zeros(shape, device="cuda")
+    given = parameters(shape[dims.get("channel_dim", 1)])
+    stats = ChannelStats.empty(len(given[0]), device="cuda")
+    bn_act_stats(x, *given, backend="cuda", **dims)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = bn_act_stats(x, *given, out=stats, backend="cuda", **dims)
+    stats.state.zero_()
+    parts = []
+    for i in range(3):
+        x.copy_(torch.randn(shape, device="cuda") + i)
+        parts.append(x.clone())
+        graph.replay()
+        assert_map_close(y, bn_act_stats(parts[-1], *given, backend="reference", **dims)[0], str(shape))
+    wanted = channel_stats(torch.cat(parts), backend="reference", **dims).state
+    assert_state_close(stats.state, wanted, 1e-5, str(shape))
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(2.0)
+        y, stats = bn_act_stats(x, *given, backend="cuda", **dims)
+    stream.synchronize()
+    assert (stats.state[MIN] == 2).all()
+    assert_map_close(y, bn_act_stats(x, *given, backend="reference", **dims)[0], str(shape))
+
+
+# ------------------------------------------------------------------------------- all of them
+
+
 def test_workspaces_of_changing_size():
     first = {
         shape: channel_stats(torch.ones(shape, device="cuda"), backend="cuda", **dims).state
@@ -102,24 +222,31 @@ def test_workspaces_of_changing_size():
 def test_one_launch_a_call():
     x = torch.randn(32, 64, 56, 56, device="cuda")
     stats = ChannelStats.empty(64, device="cuda")
-    channel_stats(x, out=stats, backend="cuda")
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        channel_stats(x, out=stats, backend="cuda")
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    if not kernels:
-        pytest.skip("the profiler shows no kernels on this machine")
-    assert len(kernels) == 1, kernels
+    given = parameters(64)
+    for call in (
+        lambda: channel_stats(x, out=stats, backend="cuda"),
+        lambda: bn_act_stats(x, *given, out=stats, backend="cuda"),
+    ):
+        call()
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+        kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        if not kernels:
+            pytest.skip("the profiler shows no kernels on this machine")
+        assert len(kernels) == 1, kernels
 
 
 def test_no_host_synchronisation():
     x = torch.randn(8, 64, 56, 56, device="cuda")
     weights = [torch.randn(64, 32, 3, 3, device="cuda")]
     stats = ChannelStats.empty(64, device="cuda")
+    given = parameters(64)
 
     def everything() -> None:
         channel_stats(x, out=stats, backend="cuda")
+        bn_act_stats(x, *given, out=stats, backend="cuda")
         pair_stats(x, x, backend="cuda")
         filter_norms(weights, backend="cuda")
 

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,12 +28,13 @@ from idap_kernels import (
     BackendUnavailable,
     ChannelStats,
     available_backends,
+    bn_act_stats,
     channel_stats,
     dispatch,
     filter_norms,
     pair_stats,
 )
-from idap_kernels.backends import cpu, triton
+from idap_kernels.backends import cpu, reference, triton
 from idap_kernels.backends import triton_plan as plans
 from idap_kernels.backends.self_check import self_check
 from idap_kernels.channel_stats import ROWS
@@ -91,6 +93,12 @@ def channel_plan(
     )
 
 
+def parameters(channels: int, dtype: torch.dtype, device: str = "cpu") -> dispatch.BatchNorm:
+    mean, weight, bias = torch.randn(3, channels, dtype=torch.float64).to(device, dtype)
+    var = torch.rand(channels, dtype=torch.float64) * 3 + 0.05
+    return dispatch.BatchNorm(mean, var.to(device, dtype), weight, bias, 1e-3)
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -146,9 +154,15 @@ def test_no_recompile_for_a_new_batch_size():
     for (rest, channel_dim), dtype in itertools.product(shapes, DTYPE_NAMES):
         made = set()
         for batch in (1, 2, 3, 8, 17, 256, 1024):
-            p = channel_plan(empty(batch, *rest, dtype=dtype), channel_dim)
-            made.add((*sorted(p.constants().items()), p.warps, p.registers))
-        assert len(made) == 1, (rest, dtype, made)
+            x = empty(batch, *rest, dtype=dtype)
+            plain = channel_plan(x, channel_dim)
+            made.add((*sorted(plain.constants().items()), plain.warps, plain.registers))
+            for act in ("relu", "gelu"):  # what is written besides, changes no sum
+                p = channel_plan(x, channel_dim, act=act)
+                assert dataclasses.replace(p, registers=plain.registers) == plain
+                assert p.registers >= plain.registers
+                made.add((act, p.registers))
+        assert len(made) == 3, (rest, dtype, made)
     for rest, row_dims in (((768,), 1), ((197, 768), 1), ((197, 768), 2), ((64, 7, 7), 1)):
         made = set()
         for batch in (1, 2, 3, 8, 17, 256):
@@ -258,8 +272,13 @@ def test_auto_goes_on_when_a_kernel_does_not_compile(monkeypatch):
     monkeypatch.setattr(triton, "_stream_key", lambda device: (0, 0))
     monkeypatch.setattr(triton, "_workspaces", {})
     x = torch.randn(2, 3, 4)
+    norm = parameters(3, torch.float32)
     for call in (
         lambda b: channel_stats(x, backend=b).state,
+        lambda b: bn_act_stats(x, *norm[:4], backend=b)[0],
+        lambda b: (
+            bn_act_stats(x, *norm[:4], backend=b, out=channel_stats(x + 1, backend="reference"))[1].state
+        ),
         lambda b: pair_stats(x, x + 1, backend=b).state,
         lambda b: filter_norms([x], backend=b)[0],
     ):
@@ -283,7 +302,10 @@ def compile_for(kernel, arch: int, types: dict[str, str], constants: dict, warps
     from triton.compiler import ASTSource
 
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in ("x", "y")}
+    names = [n for n in kernel.arg_names if n not in constants]
+    aligned = {
+        (kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in names if n in ("x", "y", "result")
+    }
     source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=aligned)
     options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": True}
     made = compiler.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -299,11 +321,12 @@ def compile_for(kernel, arch: int, types: dict[str, str], constants: dict, warps
 
 
 SHAPES_OF_WORK = {
-    "rows": ((32, 256, 56, 56), 1, ".v4"),
-    "short rows": ((32, 2048, 7, 7), 1, ""),
-    "columns": ((8, 512, 3072), 2, ".v4"),
-    "vectors": ((64, 4096), 1, ".v4"),
-    "a row of 2^32 elements": ((1, 1, 1 << 32), 1, ".v4"),
+    "rows": (empty(32, 256, 56, 56), 1, ".v4"),
+    "short rows": (empty(32, 2048, 7, 7), 1, ""),
+    "columns": (empty(8, 512, 3072), 2, ".v4"),
+    "vectors": (empty(64, 4096), 1, ".v4"),
+    "a row of 2^32 elements": (empty(1, 1, 1 << 32), 1, ".v4"),
+    "split rows": (empty(57, 32, 256, 57).permute(1, 2, 0, 3), 1, ""),
 }
 
 
@@ -313,36 +336,59 @@ def compile_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def check_channel_kernel(arch: int, what: str, dtype: torch.dtype, activation: int) -> None:
+def check_channel_kernel(
+    arch: int,
+    what: str,
+    dtype: torch.dtype,
+    activation: str,
+    act: str | None = None,
+    given: str = "fp32",
+    affine: bool = True,
+) -> None:
+    """``act``: of bn_act_stats, with parameters ``given``; else it is channel_stats."""
     from idap_kernels.backends import triton_kernels
 
-    shape, channel_dim, load = SHAPES_OF_WORK[what]
-    p = channel_plan(empty(*shape, dtype=dtype), channel_dim)
-    types = {"x": f"*{DTYPE_NAMES[dtype]}", "records": "*fp64", "tickets": "*i32", "state": "*fp64"}
+    x, channel_dim, width = SHAPES_OF_WORK[what]
+    x = x.to(dtype)
+    p = channel_plan(x, channel_dim, activation=activation, act=act)
+    name = f"*{DTYPE_NAMES[dtype]}"
+    types = {"x": name, "records": "*fp64", "tickets": "*i32", "state": "*fp64"}
+    constants = {
+        **p.constants(),
+        "ACTIVATION": dispatch.ACTIVATION_CODES[activation],
+        "ACT": None if act is None else dispatch.OUTPUT_ACTIVATION_CODES[act],
+    }
+    if act is None:
+        constants |= dict.fromkeys(("result", "bn_mean", "bn_var", "eps_low", "eps_high"))
+    else:
+        types |= {"result": name, **{f"bn_{n}": f"*{given}" for n in ("mean", "var", "weight", "bias")}}
+    if act is None or not affine:
+        constants |= dict.fromkeys(("bn_weight", "bn_bias"))
     registers, stack, ptx, ttgir = compile_for(
-        triton_kernels.channel_kernel,
-        arch,
-        types,
-        {**p.constants(), "ACTIVATION": activation},
-        p.warps,
-        p.registers,
+        triton_kernels.channel_kernel, arch, types, constants, p.warps, p.registers
     )
     assert stack == 0
     assert registers <= p.registers
     if dtype == torch.float32:
-        assert f"ld.global{load}.b32" in ptx
+        assert f"ld.global{width}.b32" in ptx
+        assert act is None or f"st.global{width}.b32" in ptx
     assert re.search(r"atom[.\w]*acq_rel[.\w]*add", ptx)
     # Within the loop over positions nothing may pass between threads.
     loops = re.findall(r"scf\.for .*?scf\.yield", ttgir, re.S)
     innermost = [body.rpartition("scf.for")[2] for body in loops]
     assert innermost
     assert not any("convert_layout" in body for body in innermost)
+    # All loads of a step come before its stores, which they would have to wait for.
+    order = [re.findall(r"tt\.(load|store)", body) for body in innermost]
+    assert any("store" in accesses for accesses in order) == (act is not None)
+    assert all(accesses == sorted(accesses) for accesses in order)
 
 
 @compiles
 def test_the_kernels_compile_without_a_spill(compile_folder):
-    check_channel_kernel(90, "rows", torch.bfloat16, 0)
-    check_channel_kernel(80, "columns", torch.float32, 2)
+    check_channel_kernel(90, "rows", torch.bfloat16, "relu")
+    check_channel_kernel(80, "columns", torch.float32, "gelu")
+    check_channel_kernel(90, "rows", torch.float32, "relu", "relu")
 
 
 @compiles
@@ -352,8 +398,22 @@ def test_the_kernels_compile_without_a_spill(compile_folder):
 def test_every_kernel_compiles_without_a_spill(what, arch, compile_folder):
     """On the oldest and the newest architecture of the caps; those between had the same counts or fewer."""
     for dtype in DTYPE_NAMES:
-        for activation in range(4) if dtype == torch.float32 and (what, arch) == ("rows", 90) else (3,):
+        some = ["gelu"] if dtype == torch.float64 else ["silu"]  # those that need the most
+        every = dtype == torch.float32 and (what, arch) == ("rows", 90)
+        for activation in dispatch.ACTIVATION_CODES if every else some:
             check_channel_kernel(arch, what, dtype, activation)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [75, 90])
+@pytest.mark.parametrize("what", SHAPES_OF_WORK)
+def test_every_kernel_that_writes_compiles_without_a_spill(what, arch, compile_folder):
+    acts = itertools.cycle(["relu6", "hardswish", "silu"])
+    for dtype, given in zip(DTYPE_NAMES, ("fp32", "fp64", "fp16", "fp32")):
+        check_channel_kernel(arch, what, dtype, "silu", next(acts), given, affine=dtype != torch.float16)
+        if dtype in (torch.bfloat16, torch.float64):
+            check_channel_kernel(arch, what, dtype, "gelu", "gelu", given)
 
 
 @compiles
@@ -499,6 +559,144 @@ def test_one_or_many_programs(what, programs):
     assert seen & {(True, False), (False, True), (True, True)}, "no program shared a channel with another"
 
 
+OUTPUT_ACTS = list(dispatch.OUTPUT_ACTIVATION_CODES)
+# Errors as a share; the interpreter cuts the last bits of a bfloat16 off, compiled kernels round.
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+
+
+def dense_layouts(x: Tensor) -> dict[str, tuple[Tensor, dict[str, int]]]:
+    """Of :func:`layouts` those without gaps and overlaps, and two more."""
+    found = {
+        name: (y, dims)
+        for name, (y, dims) in layouts(x).items()
+        if y.stride() == torch.empty_like(y).stride()
+    }
+    found["odd address"] = (torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape), {})
+    if x.dim() == 4:  # positions that do not merge
+        found["split rows"] = (x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), {})
+    return found
+
+
+def guarded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor like ``x`` full of NaN, in the middle of ones that are returned too."""
+    memory = torch.ones(x.numel() + 128, dtype=x.dtype, device=x.device)
+    y = memory.as_strided(x.shape, x.stride(), 64)
+    y.fill_(math.nan)
+    return y, memory
+
+
+def assert_writes(
+    x: Tensor, norm: dispatch.BatchNorm, act: str, dims: dict[str, int], activation: str, what: str
+) -> None:
+    """``bn_act_stats`` of Triton against its definition and against its ``channel_stats``."""
+    channel_dim, sample_dim = dims.get("channel_dim", 1) % x.dim(), dims.get("sample_dim", 0) % x.dim()
+    call = (channel_dim, sample_dim, activation)
+    y, memory = guarded(x)
+    exact = torch.empty_like(x, dtype=torch.float64)
+    got = torch.empty(11, x.shape[channel_dim], dtype=torch.float64, device=x.device)
+    reference.bn_act_stats(x.double(), norm, act, exact, *call, got, False)
+    wanted = got.clone()
+    triton.bn_act_stats(x, norm, act, y, *call, got, True)
+    triton.channel_stats(x, *call, wanted, True)
+    if INTERPRETED:  # two compiled kernels may fuse and order their operations differently
+        assert torch.equal(got, wanted), what
+    assert_state_close(got, wanted, TOLERANCE[x.dtype], what)
+    error = (y.double() - exact).abs() / (exact.abs() + 0.1 * exact.abs().max().clamp_min(1))
+    assert error.max() <= ROUNDING[x.dtype], f"{what} {float(error.max()):.1e}"
+    y.fill_(1.0)
+    assert (memory == 1).all(), f"{what}: written beside the result"
+
+
+@interpreted
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_what_is_written_agrees_with_the_reference(shape, programs):
+    """Dtypes, activations and kinds of parameters take turns."""
+    x = torch.randn(shape, dtype=torch.float64) * 1.7 + 0.2
+    for n, layout in enumerate(dense_layouts(x), SMALL.index(shape)):
+        dtype, given = list(TOLERANCE)[n % 4], list(TOLERANCE)[n // 2 % 4]
+        act, activation = OUTPUT_ACTS[n % 6], list(dispatch.ACTIVATION_CODES)[n // 3 % 4]
+        y, dims = dense_layouts(x.to(dtype))[layout]
+        norm = parameters(y.shape[dims.get("channel_dim", 1)], given)
+        missing = [(), ("weight",), ("bias",), ("weight", "bias")][n % 4]
+        norm = norm._replace(**dict.fromkeys(missing))
+        assert_writes(y, norm, act, dims, activation, f"{layout} {shape} {dtype} {act} {activation} {given}")
+
+
+@interpreted
+@pytest.mark.parametrize("act", OUTPUT_ACTS)
+def test_every_output_activation(act, programs):
+    cycle = zip(itertools.cycle(dispatch.ACTIVATION_CODES), reversed(list(TOLERANCE)))
+    for dtype, (activation, given) in zip(TOLERANCE, cycle):
+        x = (torch.randn(3, 5, 4, 8, dtype=torch.float64) * 3).to(dtype)
+        assert_writes(x, parameters(5, given), act, {}, activation, f"{dtype} {activation} {given}")
+
+
+@interpreted
+@pytest.mark.parametrize("what", WORK)
+def test_every_element_is_written_once(what, programs, monkeypatch):
+    from triton.runtime import interpreter
+
+    shape, dims = WORK[what]
+    x = torch.randn(shape) + 3
+    norm = parameters(x.shape[dims.get("channel_dim", 1)], torch.float32)
+    builder = interpreter.interpreter_builder
+    store, written = builder.create_masked_store, []
+
+    def counted(pointers, value, mask, *more):
+        written.append(pointers.data[mask.data])
+        return store(pointers, value, mask, *more)
+
+    monkeypatch.setattr(builder, "create_masked_store", counted)
+    exact, y = torch.empty(shape, dtype=torch.float64), torch.empty_like(x)
+    state, wanted = torch.empty(2, 11, len(norm.mean), dtype=torch.float64)
+    call = (dims.get("channel_dim", 1), 0, "relu")
+    reference.bn_act_stats(x.double(), norm, "relu6", exact, *call, wanted, False)
+    for count in (1, 4):
+        programs(count)
+        written.clear()
+        triton.bn_act_stats(x, norm, "relu6", y, *call, state, False)
+        places = np.concatenate(written).astype(np.int64) - y.data_ptr()
+        places = places[(places >= 0) & (places < y.nbytes)] // y.element_size()
+        assert (np.bincount(places, minlength=y.numel()) == 1).all()
+        torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-5)
+        assert_state_close(state, wanted, 1e-5, what)
+
+
+@interpreted
+def test_vectors_only_where_both_addresses_allow_them(programs):
+    x, norm = torch.randn(2, 3, 8, 8), parameters(3, torch.float32)
+    for start in (0, 1, 4):
+        y = torch.full((x.numel() + 8,), math.nan)[start : start + x.numel()].view(x.shape)
+        state = torch.empty(11, 3, dtype=torch.float64)
+        with mock.patch.object(plans, "plan_channel_stats", wraps=plans.plan_channel_stats) as plan:
+            triton.bn_act_stats(x, norm, "identity", y, 1, 0, "relu", state, False)
+        assert plans.plan_channel_stats(*plan.call_args.args).vec == (1 if start == 1 else 4)
+        wanted = torch.nn.functional.batch_norm(x, *norm[:4], eps=norm.eps)
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+        assert_state_close(state, channel_stats(x, backend="reference").state, 1e-5, str(start))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch.")
+)
+def test_what_is_written_for_nan_and_infinity(dtype, programs):
+    values = [math.nan, math.inf, -math.inf, 0.0, 3e38, -3e38, 1.0, -1.0]
+    norm = dispatch.BatchNorm(torch.tensor([0.0, 0.5]), torch.ones(2), None, None, 0.0)
+    state = torch.empty(11, 2, dtype=torch.float64)
+    for shape in ((1, 2, 24), (24, 2)):
+        x = torch.tensor(values, dtype=dtype).repeat(6).view(shape)
+        for act in OUTPUT_ACTS:
+            y, exact = torch.zeros_like(x), torch.empty(shape, dtype=torch.float64)
+            triton.bn_act_stats(x, norm, act, y, 1, 0, "relu", state, False)
+            reference.bn_act_stats(x.double(), norm, act, exact, 1, 0, "relu", state, False)
+            torch.testing.assert_close(y.double(), exact, equal_nan=True, rtol=1e-2, atol=1e-6)
+    for act in ("relu", "relu6", "hardswish"):  # a broken norm must not look like a dead channel
+        broken = norm._replace(mean=torch.tensor([math.nan, 0.0]))
+        triton.bn_act_stats(torch.ones_like(x), broken, act, y, 1, 0, "relu", state, False)
+        assert y.isnan().any(0).tolist() == [True, False]
+
+
 @interpreted
 @pytest.mark.parametrize("what", ["samples", "pieces", "tokens"])
 def test_programs_in_any_order_give_the_same_bits(what, programs, monkeypatch):
@@ -607,6 +805,12 @@ def test_offsets_beyond_32_bits(programs):
     assert channel_stats(last, backend="triton").max.tolist() == [0.0] * 7 + [3.0]
     rows = memory.as_strided((8, 2), (1, far - 8))
     assert channel_stats(rows, backend="triton").max.tolist() == [0.0, 3.0]
+    written = torch.from_numpy(np.zeros(far, dtype=np.uint16)).view(torch.bfloat16)
+    y, state = written.as_strided((8, 2), (1, far - 8)), torch.empty(11, 2, dtype=torch.float64)
+    norm = dispatch.BatchNorm(torch.tensor([1.0, -1.0]), torch.ones(2), None, None, 0.0)
+    triton.bn_act_stats(rows, norm, "identity", y, 1, 0, "relu", state, False)
+    assert y.tolist() == [[-1.0, 1.0]] * 7 + [[-1.0, 4.0]]
+    assert state[10].tolist() == [0.0, 3.0]
     assert pair_stats(last, last, backend="triton").yy.tolist() == [0.0, 9.0]
     assert filter_norms([last], backend="triton")[0].tolist() == [0.0, 3.0]
 
@@ -621,6 +825,8 @@ def test_indices_of_64_bits(programs, monkeypatch):
     for layout, (y, dims) in layouts(x).items():
         agrees(y, dims, "relu", layout)
         assert_pairs(y, y.contiguous(), "sample", layout)
+    for layout, (y, dims) in dense_layouts(x).items():
+        assert_writes(y, parameters(3, torch.float32), "relu", dims, "relu", layout)
 
 
 def assert_pairs(a: Tensor, b: Tensor, per: str, what: str) -> None:
@@ -727,6 +933,17 @@ def test_tuning_is_measured_once_and_kept(programs, monkeypatch, tmp_path):
     assert plans.Config(**chosen) == plans.CANDIDATES[-1]
     pair_stats(x, x, backend="triton")
     assert len(json.loads(path.read_text())) == 2
+    y, state = torch.full_like(x, math.nan), torch.full((11, 5), math.nan, dtype=torch.float64)
+
+    def untouched(device, run, config):
+        assert y.isnan().all()
+        assert state.isnan().all()
+        return time(device, run, config)
+
+    with mock.patch.object(triton, "_time", untouched):
+        triton.bn_act_stats(x, parameters(5, x.dtype), "relu", y, 1, 0, "relu", state, False)
+    assert not y.isnan().any()
+    assert len(json.loads(path.read_text())) == 3
     path.write_text("{")
     monkeypatch.setattr(triton, "_tuned", {})
     channel_stats(x, backend="triton")  # measured again
@@ -772,6 +989,18 @@ def test_agrees_with_the_reference_on_a_gpu(dtype):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+def test_what_is_written_agrees_with_the_reference_on_a_gpu(dtype):
+    turns = itertools.cycle(itertools.product(OUTPUT_ACTS, TOLERANCE))
+    for shape in ((20, 33), (3, 5, 7), (2, 9, 14, 14), (1, 3, 31, 61), (2, 3, 96, 96)):
+        x = (torch.randn(shape, dtype=torch.float64) * 1.7 + 0.2).to(dtype).cuda()
+        for layout, (y, dims) in dense_layouts(x).items():
+            act, given = next(turns)
+            norm = parameters(y.shape[dims.get("channel_dim", 1)], given, device="cuda")
+            assert_writes(y, norm, act, dims, "relu", f"{layout} {shape} {act} {given}")
+
+
+@on_gpu
 @pytest.mark.parametrize(("shape", "dims"), GPU_WORK)
 def test_equal_bits_accumulation_and_offset_on_a_gpu(shape, dims):
     x, y = torch.randn(shape, device="cuda") + 1e4, torch.randn(shape, device="cuda") * 2 + 1e4
@@ -789,11 +1018,14 @@ def test_equal_bits_accumulation_and_offset_on_a_gpu(shape, dims):
 @pytest.mark.parametrize(("shape", "dims"), GPU_WORK)
 def test_graph_capture_and_replay_on_a_gpu(shape, dims):
     x = torch.randn(shape, device="cuda")
-    stats = ChannelStats.empty(x.shape[dims.get("channel_dim", 1)], device="cuda")
+    channels = x.shape[dims.get("channel_dim", 1)]
+    stats, more = (ChannelStats.empty(channels, device="cuda") for _ in range(2))
+    norm = parameters(channels, torch.float32, device="cuda")[:4]
 
-    def everything() -> tuple[Tensor, Tensor]:
+    def everything() -> tuple[Tensor, Tensor, Tensor]:
         channel_stats(x, out=stats, backend="triton", **dims)
-        return pair_stats(x, x, backend="triton").xx, filter_norms([x], backend="triton")[0]
+        y, _ = bn_act_stats(x, *norm, act="silu", out=more, backend="triton", **dims)
+        return pair_stats(x, x, backend="triton").xx, filter_norms([x], backend="triton")[0], y
 
     everything()  # compiles before the capture
     torch.cuda.synchronize()
@@ -804,8 +1036,9 @@ def test_graph_capture_and_replay_on_a_gpu(shape, dims):
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        pairs, norms = everything()
+        pairs, norms, y = everything()
     stats.state.zero_()
+    more.state.zero_()
     parts = []
     for i in range(3):
         x.copy_(torch.randn(shape, device="cuda") + i)
@@ -814,6 +1047,9 @@ def test_graph_capture_and_replay_on_a_gpu(shape, dims):
         channel_stats(parts[-1], backend="triton", **dims)  # an eager call between replays
     wanted = channel_stats(torch.cat(parts), backend="reference", **dims).state
     assert_state_close(stats.state, wanted, 1e-5, str(shape))
+    assert_state_close(more.state, wanted, 1e-5, str(shape))
+    exact, _ = bn_act_stats(x, *norm, act="silu", backend="reference", **dims)
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pairs, pair_stats(x, x, backend="reference").xx, rtol=1e-5, atol=0)
     torch.testing.assert_close(norms, filter_norms([x], backend="reference")[0], rtol=1e-9, atol=0)
 
@@ -825,10 +1061,17 @@ def test_a_new_batch_size_compiles_nothing_on_a_gpu():
     def compiled() -> int:
         return sum(len(c[0]) for c in triton_kernels.channel_kernel.device_caches.values())
 
-    channel_stats(torch.randn(4, 64, 14, 14, device="cuda"), backend="triton")
+    norm = parameters(64, torch.float32, device="cuda")[:4]
+
+    def run(batch: int) -> None:
+        x = torch.randn(batch, 64, 14, 14, device="cuda")
+        channel_stats(x, backend="triton")
+        bn_act_stats(x, *norm, eps=1 / batch, backend="triton")  # nor does a new eps
+
+    run(4)
     before = compiled()
     for batch in (1, 2, 3, 16, 100, 256):
-        channel_stats(torch.randn(batch, 64, 14, 14, device="cuda"), backend="triton")
+        run(batch)
     assert compiled() == before
 
 

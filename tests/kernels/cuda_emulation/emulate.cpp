@@ -10,10 +10,11 @@ namespace {
 int finish_call(int status) { return status == 0 && emulation::state().error.empty() ? 0 : 3; }
 
 bool view_of(const void* data, int dtype, int ndim, const int64_t* size, const int64_t* stride,
-             int channel_dim, int sample_dim, View* view, cuda::ChannelPlan* plan) {
+             int channel_dim, int sample_dim, View* view, cuda::ChannelPlan* plan,
+             const void* y = nullptr) {
   return make_view(data, static_cast<DType>(dtype), ndim, size, stride, channel_dim, sample_dim,
                    view) &&
-         cuda::plan_channel_stats(*view, plan);
+         cuda::plan_channel_stats(*view, plan, y);
 }
 
 }  // namespace
@@ -30,6 +31,8 @@ void emulation_reset(unsigned order) {
   s.error.clear();
   s.readable.clear();
   s.counts = nullptr;
+  s.written = nullptr;
+  s.written_bytes = 0;
   s.launches = 0;
 }
 
@@ -45,13 +48,20 @@ void emulation_watch(const void* data, int64_t bytes, uint16_t* counts) {
   s.counts = counts;
 }
 
+void emulation_writable(const void* data, int64_t bytes, uint16_t* stores) {
+  emulation::State& s = emulation::state();
+  s.written = static_cast<const char*>(data);
+  s.written_bytes = static_cast<size_t>(bytes);
+  s.stores = stores;
+}
+
 int64_t emulation_launches() { return emulation::state().launches; }
 
 int channel_plan(const void* data, int dtype, int ndim, const int64_t* size, const int64_t* stride,
-                 int channel_dim, int sample_dim, int64_t* out) {
+                 int channel_dim, int sample_dim, const void* y, int64_t* out) {
   View view;
   cuda::ChannelPlan p;
-  if (!view_of(data, dtype, ndim, size, stride, channel_dim, sample_dim, &view, &p)) return 1;
+  if (!view_of(data, dtype, ndim, size, stride, channel_dim, sample_dim, &view, &p, y)) return 1;
   const int64_t values[] = {static_cast<int64_t>(p.shape),
                             p.vec,
                             p.lanes,
@@ -85,6 +95,26 @@ int channel_stats(const void* data, int dtype, int ndim, const int64_t* size, co
   if (plan.scratch > scratch_bytes || plan.tickets > ticket_count) return 2;
   return finish_call(cuda::channel_stats(view, plan, static_cast<Activation>(activation),
                                          accumulate != 0, state, scratch, tickets, nullptr));
+}
+
+// parameters: mean, var, weight, bias; the last two may be null.
+int bn_act_stats(const void* data, int dtype, int ndim, const int64_t* size, const int64_t* stride,
+                 int channel_dim, int sample_dim, int activation, int accumulate, double* state,
+                 void* y, const void* const* parameters, int parameter_dtype, double eps, int act,
+                 double* scratch, int64_t scratch_bytes, unsigned* tickets, int64_t ticket_count) {
+  View view;
+  cuda::ChannelPlan plan;
+  if (!view_of(data, dtype, ndim, size, stride, channel_dim, sample_dim, &view, &plan, y)) return 1;
+  if (plan.scratch > scratch_bytes || plan.tickets > ticket_count) return 2;
+  const cuda::BatchNorm norm = {parameters[0],
+                                parameters[1],
+                                parameters[2],
+                                parameters[3],
+                                static_cast<DType>(parameter_dtype),
+                                eps};
+  return finish_call(cuda::bn_act_stats(view, plan, norm, static_cast<Activation>(act), y,
+                                        static_cast<Activation>(activation), accumulate != 0, state,
+                                        scratch, tickets, nullptr));
 }
 
 int pair_plan(const void* x, const void* y, int dtype, int ndim, const int64_t* size,

@@ -26,6 +26,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define IDAP_SHARED(type, name, count) type* name = ::emulation::shared<type>(count)
@@ -87,6 +88,9 @@ struct State {
   const char* watched = nullptr;
   uint16_t* counts = nullptr;  // loads of each byte from `watched` on
   size_t watched_bytes = 0;
+  const char* written = nullptr;  // the only memory that whole items may be stored to
+  uint16_t* stores = nullptr;     // stores to each byte of it
+  size_t written_bytes = 0;
   int64_t launches = 0;
 };
 
@@ -212,6 +216,17 @@ inline void check_load(const void* address, size_t bytes) {
   }
 }
 
+inline bool check_store(const void* address, size_t bytes) {
+  State& s = state();
+  const char* p = static_cast<const char*>(address);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
+    fail("misaligned store of " + std::to_string(bytes) + " bytes");
+  if (p < s.written || p + bytes > s.written + s.written_bytes) fail("store out of range");
+  if (!s.error.empty()) return false;
+  for (size_t i = 0; i < bytes; ++i) ++s.stores[static_cast<size_t>(p - s.written) + i];
+  return true;
+}
+
 template <typename T>
 T shuffle_xor(T value, int offset) {
   static_assert(sizeof(T) <= 8, "one register or two");
@@ -265,6 +280,16 @@ T __ldcg(const T* p) {
   return __ldg(p);
 }
 
+template <typename T>
+T __ldcs(const T* p) {
+  return __ldg(p);
+}
+
+template <typename T>
+void __stwb(T* p, T value) {
+  if (::emulation::check_store(p, sizeof(T))) memcpy(p, &value, sizeof(T));
+}
+
 inline unsigned atomicInc(unsigned* p, unsigned limit) {
   const unsigned old = *p;
   *p = old >= limit ? 0 : old + 1;
@@ -278,6 +303,11 @@ inline float __uint_as_float(unsigned bits) {
   float f;
   memcpy(&f, &bits, sizeof f);
   return f;
+}
+inline unsigned __float_as_uint(float f) {
+  unsigned bits;
+  memcpy(&bits, &f, sizeof bits);
+  return bits;
 }
 inline double __hiloint2double(int high, int low) {
   const uint64_t bits =
@@ -297,6 +327,24 @@ inline float __half2float(EmulatedHalf h) {
   if (exponent == 31) return mantissa ? __uint_as_float(0x7fc00000u) : sign * INFINITY;
   if (exponent == 0) return sign * ldexpf(static_cast<float>(mantissa), -24);
   return sign * ldexpf(static_cast<float>(mantissa + 1024), exponent - 25);
+}
+
+// nearbyint rounds to nearest, ties to even.
+inline unsigned short emulated_half(float f) {
+  const unsigned sign = __float_as_uint(f) >> 16 & 0x8000u;
+  const float a = fabsf(f);
+  if (a != a) return 0x7fff;
+  if (a >= 65520.0f) return static_cast<unsigned short>(sign | 0x7c00u);  // rounds to infinity
+  int exponent = -14;
+  if (a >= 0x1p-14f) exponent = ilogbf(a);
+  const unsigned steps = static_cast<unsigned>(nearbyintf(ldexpf(a, 10 - exponent)));
+  return static_cast<unsigned short>(sign | (static_cast<unsigned>(exponent + 14) * 1024u + steps));
+}
+struct EmulatedPair {
+  unsigned short low, high;
+};
+inline EmulatedPair __floats2half2_rn(float low, float high) {
+  return {emulated_half(low), emulated_half(high)};
 }
 
 inline int cudaGetLastError() { return ::emulation::state().error.empty() ? 0 : 1; }
