@@ -85,7 +85,7 @@ def measure(
     functions: dict[str, Callable[[], object]] = {
         "forward": lambda: [model(x) for x in batches],
         "profile": profile(batches, fuse=False),
-        "profile_fused": profile(batches),
+        "profile_fused": profile(batches, fuse=True),
         "profile_with_blocks": profile(batches, blocks),
         "eager_hooks": lambda: [eager_profile(model, x, layers) for x in batches],
     }
@@ -95,7 +95,7 @@ def measure(
         functions["profile_graph"] = profile(batches, cuda_graph=True)
         functions["profile_fused_long"] = profile(batches * LONG)
         functions["profile_graph_long"] = profile(batches * LONG, cuda_graph=True)
-    options: list[dict[str, Any]] = [{"fuse": False}, {}]
+    options: list[dict[str, Any]] = [{"fuse": False}, {"fuse": True}]
     for given in [*options, {"cuda_graph": True}] if device == "cuda" else options:
         check(model, batches[0], layers, **given)
     times = sample_times(functions, device=device, rounds=rounds, seconds=0)

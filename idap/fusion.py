@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from .errors import InvalidInputError
 
@@ -130,12 +130,13 @@ class NormFusion(TorchFunctionMode):
         self.layers: set[str] = set()  # those with a batch norm
         self.acts: dict[str, str] = {}  # by layer: the activation that joins the pass
         self.learning = True
+        self.below = _Below(self)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Run one batch within this. What still waits at its end is measured."""
         try:
-            with _Below(self) if self.learning else nullcontext(), self:
+            with self.below if self.learning else nullcontext(), self:
                 yield
             for waiting in list(self.waiting.values()):
                 self._measure(waiting)
@@ -208,7 +209,8 @@ class NormFusion(TorchFunctionMode):
             "eps": eps,
             "act": act,
         }
-        z = entry.fuse(entry.y, norm)
+        with self.below.aside():
+            z = entry.fuse(entry.y, norm)
         if self.learning or act != "identity":
             source = None if act == "identity" else entry.y
             again = lambda: F.batch_norm(*args, **kwargs)
@@ -256,7 +258,8 @@ class NormFusion(TorchFunctionMode):
     def _measure(self, entry: _Waiting) -> None:
         self._check_version(entry)
         del self.waiting[id(entry.y)]
-        entry.measure(entry.y)
+        with self.below.aside():
+            entry.measure(entry.y)
 
     def _check_version(self, entry: _Waiting) -> None:
         if _version(entry.y) != entry.version:
@@ -272,6 +275,18 @@ class _Below(TorchDispatchMode):
     def __init__(self, fusion: NormFusion) -> None:
         super().__init__()
         self.fusion = fusion
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Out of the way of our own kernels, which take a longer path where calls are dispatched to Python."""
+        if _get_current_dispatch_mode() is not self:
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from idap_kernels import ChannelStats, PairStats, bn_act_stats, channel_stats, pair_stats
-from idap_kernels.dispatch import ACTIVATION_CODES, backend_module, check_backend_name, select
+from idap_kernels.bn_act_stats import fused_pass, prepared
+from idap_kernels.dispatch import (
+    ACTIVATION_CODES,
+    BatchNorm,
+    backend_module,
+    check_backend_name,
+    is_plain,
+    select,
+)
 
 from . import inputs as _inputs
 from .adapters import multihead as _multihead
@@ -176,7 +184,7 @@ def profile(
     backend: str = "auto",
     progress: bool = True,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    fuse: bool = True,
+    fuse: bool | None = None,
     cuda_graph: bool = False,
 ) -> ActivationProfile:
     """Run the model over batches, once each, and keep the statistics of its layers and blocks.
@@ -208,7 +216,8 @@ def profile(
         forward: called as ``forward(model, batch)`` in place of ``model(batch)``.
         fuse: run a batch norm behind a measured layer, and from the second batch on the activation behind that,
             in the pass that takes the layer's statistics (:func:`idap_kernels.bn_act_stats`). Their results, and
-            with them the statistics of later layers, differ from torch's own by rounding.
+            with them the statistics of later layers, differ from torch's own by rounding. ``None``: for models on
+            a GPU; on a CPU it takes about as long as the passes that it saves.
         cuda_graph: capture the forward pass with all statistics once, and replay it for every further batch of
             the same shapes; for models on a GPU whose host is the bottleneck. The first batch runs as usual, and
             so does a batch of other shapes. The model must do the same for every batch and never wait for a value.
@@ -238,7 +247,8 @@ def profile(
     targets = None if blocks is None else _known_blocks(blocks, modules)
     # Without batch norms there is nothing to fuse, and torch is left as it is.
     norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in modules.values())
-    recorder = _Recorder(activation, backend, NormFusion() if fuse and norms else None)
+    fuses = norms and (fuse if fuse is not None else _on_gpu(model))
+    recorder = _Recorder(activation, backend, NormFusion() if fuses else None)
     graphs = GraphedSteps(model, recorder) if cuda_graph else None
     iterator = iter(_iterable(batches))
     try:
@@ -300,6 +310,11 @@ def _check_model(model: nn.Module) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidInputError("model is on the meta device and has no weights; load it first")
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    device = _inputs.device_of(model)
+    return device is not None and device.type == "cuda"
 
 
 def _known(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -516,11 +531,27 @@ class _Recorder:
 
     def fused(self, name: str) -> Callable[[Tensor, dict[str, Any]], Tensor]:
         """A function that adds the output of a layer to its statistics and gives it behind its batch norm."""
+        known: tuple[Any, ...] = ()  # the last batch norm, and how the kernels take it
+
+        def prepare(y: Tensor, *given: Any) -> BatchNorm | None:
+            nonlocal known
+            if len(known) != len(given) + 1 or any(a is not b for a, b in zip(known, given)):
+                known = (*given, prepared(y, given[:4], given[4]))
+            return known[-1]
 
         def add(y: Tensor, norm: dict[str, Any]) -> Tensor:
+            stats = self.layers.get(name)
             try:
+                if stats is not None and is_plain(y):
+                    # From the second batch on, what was checked stays checked: the host is to keep ahead.
+                    mean, var, weight, bias, eps, act = norm.values()
+                    ready = prepare(y, mean, var, weight, bias, eps)
+                    if ready is not None:
+                        return fused_pass(
+                            y, ready, act, 1, 0, self.activation, self.backend, stats.state, True
+                        )
                 z, self.layers[name] = bn_act_stats(
-                    y, **norm, activation=self.activation, out=self.layers.get(name), backend=self.backend
+                    y, **norm, activation=self.activation, out=stats, backend=self.backend
                 )
             except Exception as error:
                 raise _Stop(error) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -69,19 +67,16 @@ def bn_act_stats(
     channel_dim, sample_dim = check_map(x, channel_dim, sample_dim, activation, out)
     if act not in OUTPUT_ACTIVATION_CODES:
         raise InvalidInputError(f"act is {act!r}; known are {', '.join(OUTPUT_ACTIVATION_CODES)}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, parameter in parameters.items():
-        if parameter is not None or name.startswith("running"):
-            _check_parameter(parameter, name, x, x.shape[channel_dim])
-    given = [running_mean, running_var, *(p for p in (weight, bias) if p is not None)]
-    if is_plain(x, *given):
-        norm = _batch_norm(running_mean, running_var, weight, bias, eps)
+    parameters = running_mean, running_var, weight, bias
+    _check_parameters(x, parameters, channel_dim)
+    if is_plain(x, *(p for p in parameters if p is not None)):
+        norm = _as_backends_take_it(parameters, eps)
         stats = out
         if stats is None:
             state = torch.empty(len(ROWS), x.shape[channel_dim], dtype=torch.float64, device=x.device)
             stats = ChannelStats(state, activation)
         accumulate = out is not None
-        y = _run(x, norm, act, channel_dim, sample_dim, activation, backend, stats.state, accumulate)
+        y = fused_pass(x, norm, act, channel_dim, sample_dim, activation, backend, stats.state, accumulate)
         return y, stats
     check_backend_name(backend)
     call = (
@@ -93,33 +88,54 @@ def bn_act_stats(
     return y, ChannelStats(state, activation)
 
 
-def _check_parameter(parameter: Tensor | None, name: str, x: Tensor, channels: int) -> None:
-    check_tensor(parameter, name)  # type: ignore[arg-type]
-    assert parameter is not None
-    if parameter.shape != (channels,):
-        raise InvalidInputError(
-            f"{name} has shape {tuple(parameter.shape)}; x has {channels} channels: it must be ({channels},)"
-        )
-    if parameter.device != x.device:
-        raise InvalidInputError(
-            f"{name} is on {parameter.device}, x on {x.device}: they must be on one device"
-        )
+def prepared(
+    x: Tensor, parameters: tuple[Tensor | None, ...], eps: float, channel_dim: int = 1
+) -> BatchNorm | None:
+    """A batch norm for :func:`fused_pass`, made once for many maps like ``x``; ``None`` unless all are plain tensors.
+
+    Raises:
+        InvalidInputError: the parameters (running mean and variance, weight, bias) do not fit.
+    """
+    _check_parameters(x, parameters, channel_dim)
+    if not is_plain(x, *(p for p in parameters if p is not None)):
+        return None
+    return _as_backends_take_it(parameters, eps)
 
 
-def _batch_norm(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> BatchNorm:
-    """The parameters as backends take them: contiguous, of one dtype."""
-    given: Sequence[Tensor | None] = (mean, var, weight, bias)
-    dtypes = {t.dtype for t in given if t is not None}
-    if len(dtypes) > 1:
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        given = [None if t is None else t.to(wide) for t in given]
-    mean, var, weight, bias = (None if t is None else materialized(t.detach()).contiguous() for t in given)  # type: ignore[assignment]
+def _check_parameters(x: Tensor, parameters: tuple[Tensor | None, ...], channel_dim: int) -> None:
+    channels = x.shape[channel_dim]
+    for name, parameter in zip(("running_mean", "running_var", "weight", "bias"), parameters):
+        if parameter is None and not name.startswith("running"):
+            continue
+        check_tensor(parameter, name)  # type: ignore[arg-type]
+        assert parameter is not None
+        if parameter.shape != (channels,):
+            raise InvalidInputError(
+                f"{name} has shape {tuple(parameter.shape)}; x has {channels} channels: it must be ({channels},)"
+            )
+        if parameter.device != x.device:
+            raise InvalidInputError(
+                f"{name} is on {parameter.device}, x on {x.device}: they must be on one device"
+            )
+
+
+def _as_backends_take_it(parameters: tuple[Tensor | None, ...], eps: float) -> BatchNorm:
+    """The parameters contiguous and of one dtype."""
+    dtypes = {t.dtype for t in parameters if t is not None}
+    one = torch.float64 if torch.float64 in dtypes else torch.float32
+    ready: list[Tensor | None] = []
+    for t in parameters:
+        if t is not None:
+            t = materialized(t.detach()).contiguous()
+            t = t.to(one) if len(dtypes) > 1 else t
+        ready.append(t)
+    mean, var, weight, bias = ready
+    assert mean is not None
+    assert var is not None
     return BatchNorm(mean, var, weight, bias, float(eps))
 
 
-def _run(
+def fused_pass(
     x: Tensor,
     norm: BatchNorm,
     act: str,
@@ -130,6 +146,7 @@ def _run(
     state: Tensor,
     accumulate: bool,
 ) -> Tensor:
+    """``act(norm(x))``; the statistics go into ``state``. Arguments are right, and plain tensors."""
     module = select(x, backend)
     x = materialized(x.detach() if x.requires_grad else x)
     y = torch.empty_like(x)
@@ -154,8 +171,8 @@ def _bn_act_stats_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     state = torch.empty(len(ROWS), x.shape[channel_dim], dtype=torch.float64, device=x.device)
-    norm = _batch_norm(mean, var, weight, bias, eps)
-    return _run(x, norm, act, channel_dim, sample_dim, activation, backend, state, False), state
+    norm = _as_backends_take_it((mean, var, weight, bias), eps)
+    return fused_pass(x, norm, act, channel_dim, sample_dim, activation, backend, state, False), state
 
 
 @_bn_act_stats_op.register_fake
@@ -190,8 +207,8 @@ def _bn_act_stats_update_op(
     activation: str,
     backend: str,
 ) -> Tensor:
-    norm = _batch_norm(mean, var, weight, bias, eps)
-    return _run(x, norm, act, channel_dim, sample_dim, activation, backend, state, True)
+    norm = _as_backends_take_it((mean, var, weight, bias), eps)
+    return fused_pass(x, norm, act, channel_dim, sample_dim, activation, backend, state, True)
 
 
 @_bn_act_stats_update_op.register_fake

@@ -14,6 +14,7 @@ from torch import nn
 import idap
 from idap.errors import InvalidInputError, NonFiniteError
 from idap_kernels import available_backends, bn_act_stats
+from idap_kernels.bn_act_stats import fused_pass
 
 # idap.profile, by attribute, is the function.
 profile_module = sys.modules["idap.profile"]
@@ -29,11 +30,16 @@ def fused(monkeypatch):
     """The activations of the fused passes, in the order of the calls."""
     acts = []
 
-    def spy(*args, **kwargs):
+    def first(*args, **kwargs):
         acts.append(kwargs["act"])
         return bn_act_stats(*args, **kwargs)
 
-    monkeypatch.setattr(profile_module, "bn_act_stats", spy)
+    def further(x, norm, act, *args):
+        acts.append(act)
+        return fused_pass(x, norm, act, *args)
+
+    monkeypatch.setattr(profile_module, "bn_act_stats", first)
+    monkeypatch.setattr(profile_module, "fused_pass", further)
     return acts
 
 
@@ -391,7 +397,7 @@ def test_under_autocast(fused):
     data = [x.float() for x in batches()]
     with torch.autocast("cpu", torch.bfloat16):
         plain = idap.profile(net, data, blocks=(), progress=False, fuse=False)
-        ours = idap.profile(net, data, blocks=(), progress=False)
+        ours = idap.profile(net, data, blocks=(), progress=False, fuse=True)
     for name, stats in plain.layers.items():
         torch.testing.assert_close(ours.layers[name].state, stats.state, rtol=0.05, atol=0.5)
     assert fused == ["identity", "relu", "relu"]
@@ -401,7 +407,7 @@ def test_errors_of_the_pass_and_of_the_model_are_told_apart():
     net = randomise(Net(chain(nn.ReLU())).double().eval())
     net.norm.running_mean = net.norm.running_mean[:4]
     with pytest.raises(InvalidInputError, match=r"running_mean has shape \(4,\)"):
-        idap.profile(net, batches(), blocks=(), heads=(), progress=False)
+        idap.profile(net, batches(), blocks=(), heads=(), progress=False, fuse=True)
 
 
 def test_not_finite_values_are_found_behind_a_fused_pass():
@@ -409,7 +415,7 @@ def test_not_finite_values_are_found_behind_a_fused_pass():
     data = batches()
     data[1][0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"'conv'.* batch 1"):
-        idap.profile(net, data, blocks=(), heads=(), progress=False)
+        idap.profile(net, data, blocks=(), heads=(), progress=False, fuse=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.script.*:FutureWarning")
@@ -425,7 +431,7 @@ def test_changes_that_nobody_sees_are_refused():
 
     net = randomise(Net(use).double().eval())
     with pytest.raises(InvalidInputError, match="'conv' was changed in place"):
-        idap.profile(net, batches(), blocks=(), heads=(), progress=False)
+        idap.profile(net, batches(), blocks=(), heads=(), progress=False, fuse=True)
     net.calls = 0
     idap.profile(net, batches(), blocks=(), heads=(), progress=False, fuse=False)
 
@@ -452,7 +458,9 @@ def test_a_model_without_batch_norms_runs_without_the_mode(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(profile_module, "NormFusion", never)
-    idap.profile(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), [torch.randn(1, 3, 4, 4)], progress=False)
+    model, data = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), [torch.randn(1, 3, 4, 4)]
+    idap.profile(model, data, progress=False, fuse=True)
+    idap.profile(Net(chain(nn.ReLU())), data, progress=False)  # nor does one on a CPU, unless asked to
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
