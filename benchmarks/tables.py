@@ -75,10 +75,12 @@ FUSED_PEERS = ("forward", "separate", "compile")
 
 
 def bn_act_stats(name: str) -> str:
+    if not (RESULTS / f"{name}.json").exists():
+        return NOT_MEASURED.format(
+            f"python benchmarks/bench_kernels.py --ops bn_act_stats --json {name}.json"
+        )
     result = load(name)
-    rows = result["ops"].get("bn_act_stats")
-    if not rows:
-        return NOT_MEASURED.format("python benchmarks/bench_kernels.py --ops bn_act_stats")
+    rows = result["ops"]["bn_act_stats"]
     lines = [
         f"{machine(result['environment'])}; median times; bytes read and written.",
         "",

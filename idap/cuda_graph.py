@@ -12,6 +12,7 @@ from idap_kernels import PairStats
 
 from . import inputs as _inputs
 from .errors import ForwardError, InvalidInputError
+from .fusion import Stop
 
 if TYPE_CHECKING:
     from .profile import _Recorder
@@ -20,8 +21,14 @@ if TYPE_CHECKING:
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Capture what ``step`` launches on ``device``, without running it; the function returned runs it again."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that pin batches, may go on meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # A stream of this device: torch's own for captures belongs to the device of the first one. Other threads, such as
+    # those that pin batches, may go on meanwhile.
+    stream = torch.cuda.Stream(device)
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         step()
     return graph.replay
 
@@ -30,7 +37,8 @@ class GraphedSteps:
     """Runs the steps of a profile; those of shapes that came before, by replaying one capture.
 
     One graph is kept, of the first shapes that come twice. Their first step runs as usual: by then libraries have
-    chosen their algorithms, and every layer has the statistics that the graph adds to.
+    chosen their algorithms, kernels are compiled, and every layer has the statistics that the graph adds to. A step
+    that shows what can be fused does not count: the next one runs other kernels.
 
     Raises:
         InvalidInputError: the model is not on a GPU.
@@ -58,15 +66,18 @@ class GraphedSteps:
         """Run ``step`` on a batch that is on the device.
 
         Raises:
-            ForwardError: the step cannot be captured.
+            Stop: with a ForwardError, the step cannot be captured.
         """
         form = _form(batch)
         if self.replay is None and form in self.seen:
             self._capture(step, batch)
             self.form = form
         if self.replay is None or form != self.form:
+            fusion = self.recorder.fusion
+            learning = fusion is not None and fusion.learning
             step(batch)
-            self.seen.append(form)
+            if not learning:
+                self.seen.append(form)
             return
         for static, given in zip(self.static, _flat(batch)):
             static.copy_(given)
@@ -83,14 +94,19 @@ class GraphedSteps:
         try:
             self.replay = capture(lambda: step(batch), self.device)
         except RuntimeError as error:
-            raise ForwardError(
-                "the forward pass cannot be captured as a CUDA graph (it may read values of tensors): profile "
-                f"without cuda_graph. {type(error).__name__}: {error}"
+            cause = error.__context__ or error  # the first one; the second only says that there was one
+            raise Stop(
+                ForwardError(
+                    "the forward pass cannot be captured as a CUDA graph (it may read values of tensors): profile "
+                    f"without cuda_graph, in a new process. {type(cause).__name__}: {cause}"
+                )
             ) from error
         if new := recorder.names() - known:
-            raise ForwardError(
-                f"the model did not call {min(new)!r} for an earlier batch of the same shapes: one capture cannot "
-                "stand for all batches; profile without cuda_graph"
+            raise Stop(
+                ForwardError(
+                    f"the model did not call {min(new)!r} for an earlier batch of the same shapes: one capture cannot "
+                    "stand for all batches; profile without cuda_graph"
+                )
             )
         self.static = _flat(batch)
         for made, length in zip(gathered, lengths):

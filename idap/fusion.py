@@ -7,11 +7,13 @@ statistics in the pass that normalizes it. If anything else happens to it, it is
 The first batch shows which layers have such a norm, and what uses the normalized map first. If that is an activation
 that the kernel knows, later batches have it applied in the same pass, ahead of time, and every use of the map is
 watched: an activation that then comes finds its work done, anything else finds the values before the activation, put
-back for it. So what the model computes never depends on what was foreseen.
+back for it. Code that torch functions do not see (TorchScript) is watched in the first batch; other threads are not.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -62,10 +64,21 @@ _ACTIVATIONS: dict[Any, str] = {
     F.hardswish: "hardswish",
 }
 _IN_PLACE: dict[Any, str] = {torch.relu_: "relu", Tensor.relu_: "relu"}
+_KEYWORDS = {"inplace", "approximate", "min_val", "max_val"}
+
+
+class Stop(Exception):
+    """Carries an error of ours through the model's forward pass, so that it is not taken for the model's."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
 
 
 def _activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bool]:
     """What ``bn_act_stats`` calls the activation that a call computes, if any, and whether it works in place."""
+    if kwargs.keys() - _KEYWORDS:
+        return "", False
     if func in _IN_PLACE:
         return _IN_PLACE[func], True
     if func is F.hardtanh:
@@ -115,9 +128,10 @@ class _Normalized:
     name: str
     ref: weakref.ref[Tensor]
     act: str
-    again: Callable[[], Tensor]  # computes the values before the activation
+    again: Callable[[], Tensor] | None  # computes the values before the activation
     source: Tensor | None  # from this map, which has to stay as it is
-    met: bool = False  # the activation has come
+    version: int  # of the source
+    met: bool = False  # the activation has come, or, in the first batch, whatever was first
 
 
 class NormFusion(TorchFunctionMode):
@@ -131,12 +145,15 @@ class NormFusion(TorchFunctionMode):
         self.acts: dict[str, str] = {}  # by layer: the activation that joins the pass
         self.learning = True
         self.below = _Below(self)
+        self.visible = 0  # calls in progress that were seen as they were made
+        self.thread = threading.get_ident()
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Run one batch within this. What still waits at its end is measured."""
+        self.thread = threading.get_ident()
         try:
-            with self.below if self.learning else nullcontext(), self:
+            with _eagerly(), self.below if self.learning else nullcontext(), self:
                 yield
             for waiting in list(self.waiting.values()):
                 self._measure(waiting)
@@ -163,8 +180,11 @@ class NormFusion(TorchFunctionMode):
             fuse: called instead with ``y`` and keyword arguments of :func:`idap_kernels.bn_act_stats`; gives
                 its map.
         """
-        if self.learning or name in self.layers:
-            self.waiting[id(y)] = _Waiting(name, y, _version(y), measure, fuse)
+        if (other := self.waiting.get(id(y))) is not None:
+            self._measure(other)  # a layer that hands on what another gave
+        here = self.thread == threading.get_ident()
+        if here and (self.learning or name in self.layers):
+            self.waiting[id(y)] = _Waiting(name, y, version(y), measure, fuse)
         else:
             measure(y)
 
@@ -179,7 +199,11 @@ class NormFusion(TorchFunctionMode):
                 result = self._use(func, args, kwargs)
             if result is not None:
                 return result
-        return func(*args, **kwargs)
+        self.visible += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.visible -= 1
 
     def _batch_norm(self, entry: _Waiting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The result of a batch norm of a map that waits; ``None`` if torch is to compute it."""
@@ -194,7 +218,17 @@ class NormFusion(TorchFunctionMode):
             args,
             kwargs,
         )
-        if training or mean is None or var is None or torch.is_inference_mode_enabled():
+        y = entry.y
+        odd = (
+            training
+            or mean is None
+            or var is None
+            or any(
+                t is not None and (t.shape != y.shape[1:2] or t.device != y.device)
+                for t in (mean, var, weight, bias)
+            )
+        )
+        if odd or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             self._measure(entry)
             return None
         self._check_version(entry)
@@ -212,11 +246,11 @@ class NormFusion(TorchFunctionMode):
         with self.below.aside():
             z = entry.fuse(entry.y, norm)
         if self.learning or act != "identity":
-            source = None if act == "identity" else entry.y
-            again = lambda: F.batch_norm(*args, **kwargs)
             key = id(z)
-            forget = weakref.ref(z, lambda _: self.normalized.pop(key, None))
-            self.normalized[key] = _Normalized(entry.name, forget, act, again, source)
+            ref = weakref.ref(z, lambda _: self.normalized.pop(key, None))
+            again = None if act == "identity" else lambda: F.batch_norm(*args, **kwargs)
+            source = None if act == "identity" else y
+            self.normalized[key] = _Normalized(entry.name, ref, act, again, source, entry.version)
         return z
 
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -224,15 +258,16 @@ class NormFusion(TorchFunctionMode):
         for t in _tensors((args, kwargs)):
             if (waiting := self.waiting.get(id(t))) is not None:
                 self._measure(waiting)
-            for other in [n for n in self.normalized.values() if n.source is t]:
+            for other in [n for n in list(self.normalized.values()) if n.source is t]:
                 self._put_back(other)  # its source may be about to change
             entry = self.normalized.get(id(t))
             if entry is None:
                 continue
             act, in_place = _activation(func, args, kwargs) if args and args[0] is t else ("", False)
             if entry.act == "identity":
-                del self.normalized[id(t)]
-                self._learn(entry.name, act)
+                if not entry.met:
+                    entry.met = True
+                    self._learn(entry.name, act)
             elif entry.met or act != entry.act:
                 self._put_back(entry)
             elif in_place:
@@ -249,8 +284,10 @@ class NormFusion(TorchFunctionMode):
     def _put_back(self, entry: _Normalized) -> None:
         """Give a map its values before the activation, and expect none from now on."""
         z = entry.ref()
-        if z is None or entry.act == "identity":
+        if z is None or entry.again is None or entry.source is None:
             return
+        if version(entry.source) != entry.version:
+            raise self._unseen(entry.name)
         self.normalized.pop(id(z), None)
         self.acts[entry.name] = "identity"
         z.data = entry.again()
@@ -262,15 +299,33 @@ class NormFusion(TorchFunctionMode):
             entry.measure(entry.y)
 
     def _check_version(self, entry: _Waiting) -> None:
-        if _version(entry.y) != entry.version:
-            raise InvalidInputError(
-                f"the output of layer {entry.name!r} was changed in place where torch functions cannot be "
-                "watched: profile with fuse=False"
+        if version(entry.y) != entry.version:
+            raise self._unseen(entry.name)
+
+    @staticmethod
+    def _unseen(name: str) -> Stop:
+        return Stop(
+            InvalidInputError(
+                f"the output of layer {name!r} was changed in place where torch functions cannot be watched, as by "
+                "TorchScript: profile with fuse=False, or set IDAP_FUSE=0"
             )
+        )
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Compiled functions run as they were written: their compiler would trace the mode, and nothing would be seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class _Below(TorchDispatchMode):
     """Sees what Python does not, such as TorchScript: in the first batch, what it uses is not fused later on."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, fusion: NormFusion) -> None:
         super().__init__()
@@ -297,10 +352,11 @@ class _Below(TorchDispatchMode):
             for t in _tensors((args, kwargs)):
                 if (waiting := fusion.waiting.get(id(t))) is not None:
                     fusion._measure(waiting)
-                if (entry := fusion.normalized.pop(id(t), None)) is not None:
-                    fusion.acts[entry.name] = "identity"
+                if not fusion.visible and (entry := fusion.normalized.get(id(t))) is not None:
+                    fusion.acts[entry.name] = "identity"  # for good: see _learn
         return func(*args, **kwargs)
 
 
-def _version(y: Tensor) -> int:
+def version(y: Tensor) -> int:
+    """How often a tensor was changed in place; -1 where torch does not count."""
     return -1 if y.is_inference() else y._version

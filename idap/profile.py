@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,8 @@ from .adapters import multihead as _multihead
 from .cuda_graph import GraphedSteps
 from .errors import EmptyDataError, ForwardError, GraphError, IdapError, InvalidInputError, NonFiniteError
 from .fusion import NormFusion
+from .fusion import Stop as _Stop
+from .fusion import version as _version
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -216,11 +219,15 @@ def profile(
         forward: called as ``forward(model, batch)`` in place of ``model(batch)``.
         fuse: run a batch norm behind a measured layer, and from the second batch on the activation behind that,
             in the pass that takes the layer's statistics (:func:`idap_kernels.bn_act_stats`). Their results, and
-            with them the statistics of later layers, differ from torch's own by rounding. ``None``: for models on
-            a GPU; on a CPU it takes about as long as the passes that it saves.
+            with them the statistics of later layers, differ from torch's own by rounding. Functions compiled by
+            ``torch.compile`` within the model run eagerly meanwhile, and what other threads of the model do to its
+            maps is not followed. ``None``: for models on a GPU, unless ``IDAP_FUSE=0`` is set; on a CPU it takes
+            about as long as the passes that it saves.
         cuda_graph: capture the forward pass with all statistics once, and replay it for every further batch of
-            the same shapes; for models on a GPU whose host is the bottleneck. The first batch runs as usual, and
-            so does a batch of other shapes. The model must do the same for every batch and never wait for a value.
+            the same shapes; for models on a GPU whose host is the bottleneck. The first batch or two run as usual,
+            and so does a batch of other shapes. The model must do the same for every batch and never wait for a
+            value: its Python code, ``forward`` and hooks of others do not run when it is replayed. The capture
+            holds memory for a second set of activations.
 
     Raises:
         InvalidInputError: an unknown layer or block, a wrong activation or backend, batches of no known form,
@@ -247,7 +254,7 @@ def profile(
     targets = None if blocks is None else _known_blocks(blocks, modules)
     # Without batch norms there is nothing to fuse, and torch is left as it is.
     norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in modules.values())
-    fuses = norms and (fuse if fuse is not None else _on_gpu(model))
+    fuses = norms and (fuse if fuse is not None else _fuses_by_itself(model))
     recorder = _Recorder(activation, backend, NormFusion() if fuses else None)
     graphs = GraphedSteps(model, recorder) if cuda_graph else None
     iterator = iter(_iterable(batches))
@@ -275,16 +282,14 @@ def profile(
     ):
         while True:
             recorder.begin(_batch_size(batch, forward is not None, index))
-            moved = _inputs.to_model(batch, model)
             try:
+                moved = _inputs.to_model(batch, model)
                 if graphs is not None:
                     graphs.run(lambda given: recorder.step(run, model, given), moved)
                 else:
                     recorder.step(run, model, moved)
             except _Stop as stop:
                 raise stop.error from stop.error.__cause__
-            except IdapError:
-                raise
             except Exception as error:
                 raise ForwardError(_forward_message(model, batch, index, error)) from error
             recorder.end()
@@ -312,9 +317,9 @@ def _check_model(model: nn.Module) -> None:
         raise InvalidInputError("model is on the meta device and has no weights; load it first")
 
 
-def _on_gpu(model: nn.Module) -> bool:
+def _fuses_by_itself(model: nn.Module) -> bool:
     device = _inputs.device_of(model)
-    return device is not None and device.type == "cuda"
+    return device is not None and device.type == "cuda" and os.environ.get("IDAP_FUSE", "") != "0"
 
 
 def _known(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -436,14 +441,6 @@ def _progress_bar(batches: Any, shown: bool) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-class _Stop(Exception):
-    """Carries an error of ours through the model's forward pass, so that it is not taken for the model's."""
-
-    def __init__(self, error: Exception):
-        super().__init__(str(error))
-        self.error = error
-
-
 class _Recorder:
     """The hooks and what they have gathered."""
 
@@ -531,21 +528,23 @@ class _Recorder:
 
     def fused(self, name: str) -> Callable[[Tensor, dict[str, Any]], Tensor]:
         """A function that adds the output of a layer to its statistics and gives it behind its batch norm."""
-        known: tuple[Any, ...] = ()  # the last batch norm, and how the kernels take it
+        known: tuple[Any, tuple[Tensor | None, ...], BatchNorm | None] = None, (), None
 
-        def prepare(y: Tensor, *given: Any) -> BatchNorm | None:
+        def prepare(y: Tensor, parameters: tuple[Tensor | None, ...], eps: float) -> BatchNorm | None:
             nonlocal known
-            if len(known) != len(given) + 1 or any(a is not b for a, b in zip(known, given)):
-                known = (*given, prepared(y, given[:4], given[4]))
-            return known[-1]
+            states = [None if t is None else (id(t), t.data_ptr(), _version(t)) for t in parameters]
+            key = (y.device, eps, states)
+            if known[0] != key:
+                known = key, parameters, prepared(y, parameters, eps)
+            return known[2]
 
         def add(y: Tensor, norm: dict[str, Any]) -> Tensor:
             stats = self.layers.get(name)
             try:
-                if stats is not None and is_plain(y):
+                if stats is not None and stats.state.device == y.device and is_plain(y):
                     # From the second batch on, what was checked stays checked: the host is to keep ahead.
                     mean, var, weight, bias, eps, act = norm.values()
-                    ready = prepare(y, mean, var, weight, bias, eps)
+                    ready = prepare(y, (mean, var, weight, bias), eps)
                     if ready is not None:
                         return fused_pass(
                             y, ready, act, 1, 0, self.activation, self.backend, stats.state, True
@@ -678,7 +677,8 @@ class _Recorder:
         if not self.finite or bool(torch.stack(self.finite).all()):
             return
         batch = next(i for i, finite in enumerate(self.finite) if not finite)
-        name = next(n for n, stats in self.layers.items() if not stats.state[_SUMS].isfinite().all())
+        called = (name for name in self.order if name in self.layers)
+        name = next(n for n in called if not self.layers[n].state[_SUMS].isfinite().all())
         raise NonFiniteError(
             f"the output of layer {name!r}, or its square, became NaN or infinite in batch {batch}: look at the "
             "inputs and weights; in float16, try bfloat16 or float32"

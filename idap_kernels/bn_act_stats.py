@@ -36,7 +36,7 @@ def bn_act_stats(
     """Batch norm in evaluation mode and an activation, with the statistics of ``x`` from the same read.
 
     What a network computes after a convolution anyway, ``act(batch_norm(x))``, and what
-    ``channel_stats(x)`` gives, for the price of the first: ``x`` is read once, the result written once.
+    ``channel_stats(x)`` gives, in one pass: ``x`` is read once, the result written once.
     The batch norm is ``(x - running_mean) * weight / sqrt(running_var + eps) + bias`` (Ioffe and Szegedy,
     2015); it and the activation are computed in float32 (float64 for float64) and rounded once.
 

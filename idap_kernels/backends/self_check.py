@@ -50,11 +50,11 @@ def _wrong_result(backend: Backend, device: torch.device) -> str | None:
             mean, spread, weight, bias = wave(4, x.shape[channel_dim]).float()
             norm = BatchNorm(mean, spread.square() + 0.1, weight, bias, 1e-5)
             act = "relu" if dtype == torch.float32 else "hardswish"  # in Triton each has a kernel of its own
-            y, exact_y = torch.full_like(x, torch.nan), torch.empty_like(x)
-            backend.bn_act_stats(x, norm, act, y, channel_dim, 0, "relu", got.fill_(torch.nan), False)
-            reference.bn_act_stats(x, norm, act, exact_y, channel_dim, 0, "relu", want, False)
+            written, exact = torch.full_like(x, torch.nan), torch.empty_like(x)
+            backend.bn_act_stats(x, norm, act, written, channel_dim, 0, "relu", got.fill_(torch.nan), False)
+            reference.bn_act_stats(x, norm, act, exact, channel_dim, 0, "relu", want, False)
             close = torch.allclose(
-                y.float(), exact_y.float(), rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4
+                written.float(), exact.float(), rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4
             )
             if not (close and torch.allclose(got, want, rtol=1e-4, atol=1e-5)):
                 return f"bn_act_stats of {what} in {dtype} is wrong"

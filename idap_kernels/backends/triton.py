@@ -88,6 +88,8 @@ def unavailable() -> str | None:
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is no CUDA build, and the kernels are written for NVIDIA GPUs"
         reasons = [_device_unfit(i) for i in range(torch.cuda.device_count())]
+        if not reasons:
+            return _no_gpu()
         if all(reasons):
             return "; ".join(f"GPU {i}: {reason}" for i, reason in enumerate(reasons))
     return _import_kernels()[1]
@@ -200,7 +202,8 @@ def _launch(
             raise
         text = " ".join(str(error).split())
         reason = f"a kernel did not compile or start: {type(error).__name__}: {text[:500]}"
-        _device_reasons[device.index] = reason
+        if not _capturing():  # where nothing can be compiled or loaded; that says nothing of the kernel
+            _device_reasons[device.index] = reason
         raise BackendUnavailable(f"backend 'triton' stopped: {reason}") from error
 
 

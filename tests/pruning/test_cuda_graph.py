@@ -123,7 +123,8 @@ def test_replays_give_the_statistics_of_running_it(tape, fuse):
     ours = idap.profile(model, data, cuda_graph=True, **options)
     assert_equal(ours, plain)
     assert len(tape) == 1
-    assert model.calls == 3  # the first batch, the capture, the last and shorter batch
+    # The first batch (with fusion the second as well), the capture, the last and shorter batch.
+    assert model.calls == 3 + fuse
 
 
 def test_the_caller_may_reuse_the_memory_of_a_batch(tape):
@@ -135,14 +136,14 @@ def test_the_caller_may_reuse_the_memory_of_a_batch(tape):
         for batch in data:
             yield buffer.copy_(batch)
 
-    ours = idap.profile(model, one_buffer(), blocks=["blocks.0"], progress=False, cuda_graph=True)
+    ours = idap.profile(model, one_buffer(), blocks=["blocks.0"], progress=False, cuda_graph=True, fuse=True)
     assert_equal(ours, idap.profile(model, data, blocks=["blocks.0"], progress=False))
 
 
 def test_batches_that_alternate_and_batches_with_names(tape):
     model = randomise(Net().double().eval())
-    data = [{"x": x} for x in sizes(2, 3, 2, 3, 2)]
-    ours = idap.profile(model, data, blocks=(), heads=(), progress=False, cuda_graph=True)
+    data = [{"x": x} for x in sizes(2, 3, 2, 3, 2, 3)]
+    ours = idap.profile(model, data, blocks=(), heads=(), progress=False, cuda_graph=True, fuse=True)
     assert_equal(ours, idap.profile(model, data, blocks=(), heads=(), progress=False))
     assert len(tape) == 1
 
@@ -153,15 +154,15 @@ def test_what_is_no_tensor_has_to_be_the_same(tape):
             return super().forward(x * by)
 
     model = randomise(Scaled().double().eval())
-    data = [(x, by) for x, by in zip(sizes(2, 2, 2, 2, 2), (1.0, 2.0, 2.0, 1.0, 2.0))]
-    ours = idap.profile(model, data, blocks=(), heads=(), progress=False, cuda_graph=True)
+    data = [(x, by) for x, by in zip(sizes(2, 2, 2, 2, 2, 2), (1.0, 2.0, 2.0, 1.0, 2.0, 2.0))]
+    ours = idap.profile(model, data, blocks=(), heads=(), progress=False, cuda_graph=True, fuse=True)
     assert_equal(ours, idap.profile(model, data, blocks=(), heads=(), progress=False))
     assert len(tape) == 1
 
 
 def test_one_batch_needs_no_graph(tape):
     model = randomise(Net().double().eval())
-    idap.profile(model, sizes(2), blocks=(), progress=False, cuda_graph=True)
+    idap.profile(model, sizes(2), blocks=(), progress=False, cuda_graph=True, fuse=True)
     assert tape == []
 
 
@@ -170,7 +171,7 @@ def test_not_finite_values_in_a_replay_name_layer_and_batch(tape):
     data = sizes(2, 2, 2, 2)
     data[3][1, 0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"'stem'.* batch 3"):
-        idap.profile(model, data, blocks=(), progress=False, cuda_graph=True)
+        idap.profile(model, data, blocks=(), progress=False, cuda_graph=True, fuse=True)
 
 
 def test_models_that_cannot_be_captured(tape):
@@ -181,16 +182,17 @@ def test_models_that_cannot_be_captured(tape):
     with pytest.raises(ForwardError, match="cannot be captured as a CUDA graph"):
         idap.profile(
             randomise(Reads().double().eval()),
-            sizes(2, 2),
+            sizes(2, 2, 2),
             blocks=(),
             heads=(),
             progress=False,
             cuda_graph=True,
+            fuse=True,
         )
 
     class Changes(Net):
         def forward(self, x):
-            return super().forward(x) if self.calls else self.blocks[0](self.stem(self.count(x)))
+            return super().forward(x) if self.calls > 1 else self.blocks[0](self.stem(self.count(x)))
 
         def count(self, x):
             self.calls += 1
@@ -199,17 +201,18 @@ def test_models_that_cannot_be_captured(tape):
     with pytest.raises(ForwardError, match=r"did not call 'blocks\.1\.conv' for an earlier batch"):
         idap.profile(
             randomise(Changes().double().eval()),
-            sizes(2, 2),
+            sizes(2, 2, 2),
             blocks=(),
             heads=(),
             progress=False,
             cuda_graph=True,
+            fuse=True,
         )
 
 
 def test_a_model_on_the_cpu_has_no_graph():
     with pytest.raises(InvalidInputError, match="the model is on cpu; wanted a model on a CUDA GPU"):
-        idap.profile(Net(), sizes(2), progress=False, cuda_graph=True)
+        idap.profile(Net(), sizes(2), progress=False, cuda_graph=True, fuse=True)
 
 
 @needs_gpu
