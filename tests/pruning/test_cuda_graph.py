@@ -110,7 +110,7 @@ def assert_equal(ours, plain, rtol=1e-10):
         a, b = getattr(ours, part), getattr(plain, part)
         assert list(a) == list(b)
         for name in b:
-            torch.testing.assert_close(a[name].state, b[name].state, rtol=rtol, atol=rtol)
+            torch.testing.assert_close(a[name].state.cpu(), b[name].state.cpu(), rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -216,13 +216,30 @@ def test_a_model_on_the_cpu_has_no_graph():
 
 
 @needs_gpu
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("fuse", [False, True])
-def test_a_graph_on_the_gpu(fuse):
+def test_a_graph_on_the_gpu(fuse, backend):
     model = randomise(Net().double().eval()).cuda()
     data = sizes(4, 4, 4, 4, 3)
-    options = {"blocks": ["blocks.0", "blocks.1"], "inputs": ["head"], "progress": False, "fuse": fuse}
+    options = {
+        "blocks": ["blocks.0", "blocks.1"],
+        "inputs": ["head"],
+        "progress": False,
+        "fuse": fuse,
+        "backend": backend,
+    }
     plain = idap.profile(model, data, **options)
     assert_equal(idap.profile(model, data, cuda_graph=True, **options), plain)
     assert_equal(
         idap.profile(model.float(), [x.float() for x in data], cuda_graph=True, **options), plain, rtol=1e-3
     )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_a_graph_on_each_of_two_gpus():
+    model = randomise(Net().double().eval())
+    data = sizes(4, 4, 4, 4)
+    options = {"blocks": ["blocks.0"], "progress": False}
+    plain = idap.profile(model, data, **options)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        assert_equal(idap.profile(model.to(device), data, cuda_graph=True, **options), plain)
