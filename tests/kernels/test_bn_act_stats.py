@@ -235,11 +235,14 @@ def test_compiled_functions_give_the_same_bits(dynamic):
 
 
 def test_export():
-    norm = parameters(3)
-
     class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(3).eval()
+
         def forward(self, x):
-            y, stats = bn_act_stats(x, *norm)
+            n = self.norm
+            y, stats = bn_act_stats(x, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps)
             return y, stats.flow_norm
 
     program = torch.export.export(
