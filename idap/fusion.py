@@ -231,8 +231,8 @@ class NormFusion(TorchFunctionMode):
         if odd or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             self._measure(entry)
             return None
-        self._check_version(entry)
-        del self.waiting[id(entry.y)]
+        _check_unchanged(entry.name, entry.y, entry.version)
+        del self.waiting[id(y)]
         self.layers.add(entry.name)
         act = "identity" if self.learning else self.acts.get(entry.name, "identity")
         norm = {
@@ -244,7 +244,7 @@ class NormFusion(TorchFunctionMode):
             "act": act,
         }
         with self.below.aside():
-            z = entry.fuse(entry.y, norm)
+            z = entry.fuse(y, norm)
         if self.learning or act != "identity":
             key = id(z)
             ref = weakref.ref(z, lambda _: self.normalized.pop(key, None))
@@ -286,25 +286,21 @@ class NormFusion(TorchFunctionMode):
         z = entry.ref()
         if z is None or entry.again is None or entry.source is None:
             return
-        if version(entry.source) != entry.version:
-            raise self._unseen(entry.name)
+        _check_unchanged(entry.name, entry.source, entry.version)
         self.normalized.pop(id(z), None)
         self.acts[entry.name] = "identity"
         z.data = entry.again()
 
     def _measure(self, entry: _Waiting) -> None:
-        self._check_version(entry)
+        _check_unchanged(entry.name, entry.y, entry.version)
         del self.waiting[id(entry.y)]
         with self.below.aside():
             entry.measure(entry.y)
 
-    def _check_version(self, entry: _Waiting) -> None:
-        if version(entry.y) != entry.version:
-            raise self._unseen(entry.name)
 
-    @staticmethod
-    def _unseen(name: str) -> Stop:
-        return Stop(
+def _check_unchanged(name: str, y: Tensor, before: int) -> None:
+    if version(y) != before:
+        raise Stop(
             InvalidInputError(
                 f"the output of layer {name!r} was changed in place where torch functions cannot be watched, as by "
                 "TorchScript: profile with fuse=False, or set IDAP_FUSE=0"
